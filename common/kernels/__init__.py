@@ -1,0 +1,1 @@
+"""Build helpers that the papers' kernels share: native loader, device facts, bench harness."""

@@ -1,0 +1,392 @@
+/* One rotational optimizer step (Kosson, Messmer, Jaggi 2024, section 4) for all tensors of a model, row by row.
+ *
+ * A row x (n floats) of norm N with base direction d turns by about `rotation` radians and keeps its norm:
+ *     x~ = x - mean(x),  d' = d - mean(d) - x~ <d,x~>/<x~,x~>,  u <- f u + (1-f) |d'|^2,  k = rotation N / sqrt(u/(1-f^t))
+ *     x  <- N (x~ - k d') / |x~ - k d'|,   |x~ - k d'|^2 = |x~|^2 + k^2 |d'|^2                  (d' is orthogonal to x~)
+ * Means, products and norms come from one pass, so the result is known before it is written, and weights, gradients and
+ * moments cross the memory bus once: 28 bytes a parameter for AdamW, as in a fused plain step.
+ *
+ * |d'|^2 in closed form cancels where d is nearly radial or constant; such rows are summed again ("careful").
+ * A row with a non-finite gradient is left alone, moments included. Every row is summed in one fixed order, so the
+ * number of threads changes no bit.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+/* normally built for the very processor; without -march=native one copy a processor family, chosen when loaded */
+#if defined(__x86_64__) && !defined(__AVX2__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { ADAMW, SGD, GRADIENT, LION };            /* GRADIENT: SGD without momentum */
+enum { SHORT_ROW = 64, LONG_ROW = 16384 };      /* lengths from and beyond which a row has the cached layout */
+enum { BLOCK = 2048, LANES = 16, TASK = 16384 }; /* floats summed in float, short rows side by side, floats a task */
+enum { WORDS = 11, NUMBERS = 12 };
+
+/* |d'| below this fraction of |d| is the rounding noise of a radial or constant direction: no update */
+static const double NOISE = 16 * 1.1920929e-07;
+
+typedef struct {
+    float *weight;
+    const float *grad;
+    float *first, *second; /* moments; momentum buffer in `first` */
+    float *norm, *update_sq;
+    const float *speed; /* factor on each row's turn, or NULL */
+    int64_t rows, columns, kind, zero_mean;
+    double rotation, decay, correction; /* radians, f, 1 - f^t */
+    double scale;                       /* the base direction is scale * d (Adam's bias corrections) */
+    double lr, weight_decay;            /* of the base step, which rows of norm zero take */
+    float sign, c[5];                   /* -1 to maximise; constants of `direction` */
+} Tensor;
+
+typedef struct { double d, x, dx, xx, dd; } Sums; /* over a row: d, x, d x, x^2, d^2 */
+/* d' = d - along x - offset; |x~|^2, |d'|^2, <x~,d'> (zero but for rounding); does the closed form cancel? */
+typedef struct { double mean, along, offset, xx, sq, cross, cancels; } Parts;
+typedef struct { double keep, push, moves; } Move; /* x <- keep (x - mean) - push (d - along x - offset), if it moves */
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Base direction of one coordinate and its new moments. */
+INLINE float direction(int kind, const float *c, float g, float x, float m, float v, float *m_new, float *v_new) {
+    if (kind == ADAMW) { /* c = 1-b1, b2, 1-b2, eps sqrt(1-b2^t), l2 of the second moment */
+        float h = g + c[4] * x;
+        *m_new = m + c[0] * (g - m);
+        *v_new = c[1] * v + c[2] * h * h;
+        return *m_new / (sqrtf(*v_new) + c[3]);
+    }
+    if (kind == SGD) { /* c = momentum, weight of the new gradient, share of the gradient and of the buffer in d */
+        *m_new = c[0] * m + c[1] * g;
+        return c[2] * g + c[3] * *m_new;
+    }
+    if (kind == LION) { /* c = 1-b1, 1-b2 */
+        float u = m + c[0] * (g - m);
+        *m_new = m + c[1] * (g - m);
+        return (float)((u > 0) - (u < 0));
+    }
+    return g;
+}
+
+/* Row of length n: what of d is mean and radial. A row of norm zero takes the plain step: nothing is taken away. */
+INLINE Parts project(double n, double zero_mean, double norm, Sums s) {
+    double centre = norm == 0 ? 0 : zero_mean, mean = centre * s.x / n, mean_d = centre * s.d / n;
+    double xx = s.xx - n * mean * mean, dx = s.dx - n * mean * mean_d;
+    double along = (xx > 0) & (norm != 0) ? dx / xx : 0, sq = s.dd - n * mean_d * mean_d - along * dx;
+    return (Parts){mean, along, mean_d - along * mean, xx, sq, 0, sq < 0.25 * s.dd};
+}
+
+/* The row's move; updates its running mean of |d'|^2. */
+INLINE Move turn(const Tensor *t, Parts p, double dd, double norm, double speed, float *update_sq) {
+    double scale = t->scale, sq = (p.sq > NOISE * NOISE * dd ? p.sq : 0) * scale * scale;
+    double finite = dd * 0 + sq * 0 == 0 ? 1 : 0;
+    double old = *update_sq, u = t->decay * old + (1 - t->decay) * sq;
+    double size = sqrt(u / t->correction);
+    double k = size > 0 ? t->rotation * speed * norm / size : 0; /* length of the step per unit of d' */
+    double keep = norm / sqrt(p.xx - 2 * k * scale * p.cross + k * k * sq);
+    double moves = k * p.xx != 0 ? finite : 0, plain = 1 - t->lr * t->weight_decay;
+    u = norm != 0 ? u : old;
+    *update_sq = (float)(finite != 0 ? u : old);
+    return (Move){norm != 0 ? keep : plain, norm != 0 ? keep * k * scale : t->lr * scale, norm != 0 ? moves : finite};
+}
+
+/* Is every gradient finite? The sum of 0 g is zero then and NaN else. */
+INLINE int all_finite(const float *g, int64_t count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; j++) sum += 0 * g[j];
+    return sum == 0;
+}
+
+/* Directions of `count` coordinates from `at` on, into d; with `store` their new moments too. Tells whether `next`, as
+ * many gradients, are finite: looked at here, among other streams, the next row's gradients cost nothing, in a pass of
+ * their own they would. */
+INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, const float *next) {
+    const float *x = t->weight + at, *g = t->grad + at;
+    float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
+    float bad = 0;
+#pragma omp simd reduction(+ : bad)
+    for (int64_t j = 0; j < count; j++) {
+        float m_new = 0, v_new = 0;
+        d[j] = direction(kind, t->c, t->sign * g[j], x[j], first[j], second[j], &m_new, &v_new);
+        if (store && kind != GRADIENT) first[j] = m_new;
+        if (store && kind == ADAMW) second[j] = v_new;
+        bad += 0 * next[j];
+    }
+    return bad == 0;
+}
+
+/* The same with `store`, and the sums added to s in the same pass. */
+INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, const float *next, Sums *s) {
+    const float *x = t->weight + at, *g = t->grad + at;
+    float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
+    float sum_d = 0, sum_x = 0, sum_dx = 0, sum_xx = 0, sum_dd = 0, bad = 0;
+#pragma omp simd reduction(+ : sum_d, sum_x, sum_dx, sum_xx, sum_dd, bad)
+    for (int64_t j = 0; j < count; j++) {
+        float m_new = 0, v_new = 0, x_j = x[j];
+        float d_j = direction(kind, t->c, t->sign * g[j], x_j, first[j], second[j], &m_new, &v_new);
+        if (kind != GRADIENT) first[j] = m_new;
+        if (kind == ADAMW) second[j] = v_new;
+        d[j] = d_j;
+        sum_d += d_j, sum_x += x_j, sum_dx += d_j * x_j, sum_xx += x_j * x_j, sum_dd += d_j * d_j;
+        bad += 0 * next[j];
+    }
+    s->d += sum_d, s->x += sum_x, s->dx += sum_dx, s->xx += sum_xx, s->dd += sum_dd;
+    return bad == 0;
+}
+
+/* |d'|^2 and <x~,d'> of `count` coordinates, from the coordinates themselves, added to p. */
+INLINE void add_rest(const float *d, const float *x, int64_t count, Parts *p) {
+    const float mean = (float)p->mean, along = (float)p->along, offset = (float)p->offset;
+    float sq = 0, cross = 0;
+#pragma omp simd reduction(+ : sq, cross)
+    for (int64_t j = 0; j < count; j++) {
+        float rest = d[j] - along * x[j] - offset;
+        sq += rest * rest;
+        cross += rest * (x[j] - mean);
+    }
+    p->sq += sq, p->cross += cross;
+}
+
+INLINE float factor_of(Parts p, Move m) { return (float)(m.keep + m.push * p.along); }
+INLINE float rest_of(Parts p, Move m) { return (float)(m.push * p.offset - m.keep * p.mean); }
+
+/* New weights. A careful row is rounded as add_rest() saw it, the others take one multiplication less. */
+INLINE void write(float *x, const float *d, int64_t count, Parts p, Move m) {
+    const float mean = (float)p.mean, along = (float)p.along, offset = (float)p.offset;
+    const float keep = (float)m.keep, push = (float)m.push;
+    const float factor = factor_of(p, m), rest = rest_of(p, m);
+    if (m.moves == 0) return;
+    if (p.cancels != 0) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; j++) x[j] = keep * (x[j] - mean) - push * (d[j] - along * x[j] - offset);
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < count; j++) x[j] = factor * x[j] - push * d[j] + rest;
+    }
+}
+
+INLINE double speed_of(const Tensor *t, int64_t r) { return t->speed ? t->speed[r] : 1; }
+
+/* Rows [r0, r1), of at most LONG_ROW coordinates. */
+INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
+    const int64_t n = t->columns;
+    float d[LONG_ROW];
+    int finite = all_finite(t->grad + r0 * n, n);
+    for (int64_t r = r0; r < r1; r++) {
+        float *x = t->weight + r * n;
+        const float *next = t->grad + (r + 1 < r1 ? r + 1 : r) * n;
+        const int skip = !finite;
+        Sums s = {0};
+        finite = 1;
+        for (int64_t j = 0; j < n; j += BLOCK) {
+            const int64_t count = smaller(n - j, BLOCK);
+            finite &= skip ? all_finite(next + j, count) : summed_directions(kind, t, r * n + j, count, d + j, next + j, &s);
+        }
+        if (skip) continue;
+        Parts p = project((double)n, (double)t->zero_mean, t->norm[r], s);
+        if (p.cancels != 0) {
+            p.sq = 0;
+            for (int64_t j = 0; j < n; j += BLOCK) add_rest(d + j, x + j, smaller(n - j, BLOCK), &p);
+        }
+        write(x, d, n, p, turn(t, p, s.dd, t->norm[r], speed_of(t, r), t->update_sq + r));
+    }
+}
+
+/* Sums in double, so that the closed form of |d'|^2 holds over millions of coordinates. */
+INLINE Sums exact_sums(const float *d, const float *x, int64_t count) {
+    double sum_d = 0, sum_x = 0, sum_dx = 0, sum_xx = 0, sum_dd = 0;
+#pragma omp simd reduction(+ : sum_d, sum_x, sum_dx, sum_xx, sum_dd)
+    for (int64_t j = 0; j < count; j++) {
+        const double d_j = d[j], x_j = x[j];
+        sum_d += d_j, sum_x += x_j, sum_dx += d_j * x_j, sum_xx += x_j * x_j, sum_dd += d_j * d_j;
+    }
+    return (Sums){sum_d, sum_x, sum_dx, sum_xx, sum_dd};
+}
+
+/* Up to LANES rows of few coordinates, each in its own lane of a vector: copied side by side to be summed, and the
+ * row's factors copied along its coordinates to be applied. */
+INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int finite, const float *next) {
+    const int64_t n = t->columns;
+    float *x = t->weight + r0 * n, *norm = t->norm + r0, *update_sq = t->update_sq + r0;
+    float d[LANES * SHORT_ROW], d_of[SHORT_ROW * LANES], x_of[SHORT_ROW * LANES];
+    float factor[LANES * SHORT_ROW + LANES], push[LANES * SHORT_ROW + LANES], rest[LANES * SHORT_ROW + LANES];
+    float sum_d[LANES] = {0}, sum_x[LANES] = {0}, sum_dx[LANES] = {0}, sum_xx[LANES] = {0}, sum_dd[LANES] = {0};
+    double mean[LANES], along[LANES], offset[LANES], xx[LANES], sq[LANES], cross[LANES], cancels[LANES];
+    double speed[LANES], keep[LANES], turned[LANES], moves[LANES], simple = 1;
+    if (!finite) {
+        for (int64_t r = r0; r < r0 + rows; r++) cached_rows(kind, t, r, r + 1);
+        return all_finite(next, rows * n);
+    }
+    finite = directions(kind, t, r0 * n, rows * n, d, 1, next);
+    for (int64_t r = 0; r < LANES; r++) {
+        const int64_t from = smaller(r, rows - 1) * n; /* spare lanes repeat the last row */
+        for (int64_t j = 0; j < n; j++) d_of[j * LANES + r] = d[from + j], x_of[j * LANES + r] = x[from + j];
+        speed[r] = speed_of(t, r0 + smaller(r, rows - 1));
+    }
+    for (int64_t j = 0; j < n; j++) {
+#pragma omp simd
+        for (int64_t r = 0; r < LANES; r++) {
+            const float d_r = d_of[j * LANES + r], x_r = x_of[j * LANES + r];
+            sum_d[r] += d_r, sum_x[r] += x_r, sum_dx[r] += d_r * x_r, sum_xx[r] += x_r * x_r, sum_dd[r] += d_r * d_r;
+        }
+    }
+#pragma omp simd
+    for (int64_t r = 0; r < rows; r++) {
+        const Sums s = {sum_d[r], sum_x[r], sum_dx[r], sum_xx[r], sum_dd[r]};
+        const Parts p = project((double)n, (double)t->zero_mean, norm[r], s);
+        mean[r] = p.mean, along[r] = p.along, offset[r] = p.offset, xx[r] = p.xx, sq[r] = p.sq, cross[r] = p.cross;
+        cancels[r] = p.cancels;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        Parts p = {mean[r], along[r], offset[r], xx[r], 0, 0, 1};
+        if (cancels[r] == 0) continue;
+        add_rest(d + r * n, x + r * n, n, &p);
+        sq[r] = p.sq, cross[r] = p.cross;
+    }
+#pragma omp simd reduction(* : simple)
+    for (int64_t r = 0; r < rows; r++) {
+        const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
+        const Move m = turn(t, p, sum_dd[r], norm[r], speed[r], update_sq + r);
+        keep[r] = m.keep, turned[r] = m.push, moves[r] = m.moves;
+        simple *= m.moves * (1 - p.cancels);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
+        const Move m = {keep[r], turned[r], moves[r]};
+        const float a = factor_of(p, m), b = (float)m.push, c = rest_of(p, m);
+        if (simple == 0) write(x + r * n, d + r * n, n, p, m);
+        /* whole vectors: what runs over the row's end belongs to the next row, which comes next */
+        for (int64_t j = r * n; simple != 0 && j < (r + 1) * n; j += LANES)
+            for (int64_t l = 0; l < LANES; l++) factor[j + l] = a, push[j + l] = b, rest[j + l] = c;
+    }
+    if (simple == 0) return finite;
+#pragma omp simd
+    for (int64_t j = 0; j < rows * n; j++) x[j] = factor[j] * x[j] - push[j] * d[j] + rest[j];
+    return finite;
+}
+
+INLINE void rows_of_kind(int kind, const Tensor *t, int64_t r0, int64_t r1) {
+    if (t->columns >= SHORT_ROW) {
+        cached_rows(kind, t, r0, r1);
+        return;
+    }
+    int finite = all_finite(t->grad + r0 * t->columns, smaller(r1 - r0, LANES) * t->columns);
+    for (int64_t r = r0; r < r1; r += LANES) {
+        const int64_t rows = smaller(r1 - r, LANES), left = r1 - r - rows;
+        /* a last, smaller group is looked at on its own */
+        const float *next = t->grad + (left < rows ? r : r + rows) * t->columns;
+        finite = short_rows(kind, t, r, rows, finite, next);
+        if (left > 0 && left < rows) finite = all_finite(t->grad + (r + rows) * t->columns, left * t->columns);
+    }
+}
+
+/* Rows [r0, r1) of a tensor, on one thread. */
+CLONES static void some_rows(const Tensor *t, int64_t r0, int64_t r1) {
+    switch (t->kind) {
+    case ADAMW: rows_of_kind(ADAMW, t, r0, r1); break;
+    case SGD: rows_of_kind(SGD, t, r0, r1); break;
+    case LION: rows_of_kind(LION, t, r0, r1); break;
+    default: rows_of_kind(GRADIENT, t, r0, r1);
+    }
+}
+
+typedef struct { Sums sums; Parts parts; int finite; } Block; /* what a block of a long row adds to its row */
+
+/* One block of a long row: its sums; with `p` its rest; with `m` too its new weights and moments. */
+INLINE void block_of_kind(int kind, const Tensor *t, int64_t at, int64_t count, Block *b, const Parts *p, const Move *m) {
+    float d[BLOCK], *x = t->weight + at;
+    const int finite = directions(kind, t, at, count, d, m != NULL, t->grad + at);
+    if (m) {
+        write(x, d, count, *p, *m);
+    } else if (p) {
+        b->parts = *p;
+        b->parts.sq = b->parts.cross = 0;
+        add_rest(d, x, count, &b->parts);
+    } else {
+        b->sums = exact_sums(d, x, count);
+        b->finite = finite;
+    }
+}
+
+CLONES static void one_block(const Tensor *t, int64_t at, int64_t count, Block *b, const Parts *p, const Move *m) {
+    switch (t->kind) {
+    case ADAMW: block_of_kind(ADAMW, t, at, count, b, p, m); break;
+    case SGD: block_of_kind(SGD, t, at, count, b, p, m); break;
+    case LION: block_of_kind(LION, t, at, count, b, p, m); break;
+    default: block_of_kind(GRADIENT, t, at, count, b, p, m);
+    }
+}
+
+static void all_blocks(const Tensor *t, int64_t at, Block *blocks, const Parts *p, const Move *m, int threads) {
+    const int64_t n = t->columns;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t j = 0; j < n; j += BLOCK)
+        one_block(t, at + j, smaller(n - j, BLOCK), blocks + j / BLOCK, p, m);
+}
+
+/* A row too long for the cache, its blocks shared by all threads; d is computed again for each use, not stored. */
+static void long_row(const Tensor *t, int64_t r, Block *blocks, int threads) {
+    const int64_t n = t->columns, at = r * n, count = (n + BLOCK - 1) / BLOCK;
+    Sums s = {0};
+    int finite = 1;
+    all_blocks(t, at, blocks, NULL, NULL, threads);
+    for (int64_t i = 0; i < count; i++) {
+        const Sums b = blocks[i].sums;
+        s.d += b.d, s.x += b.x, s.dx += b.dx, s.xx += b.xx, s.dd += b.dd, finite &= blocks[i].finite;
+    }
+    if (!finite) return;
+    Parts p = project((double)n, (double)t->zero_mean, t->norm[r], s);
+    if (p.cancels != 0) {
+        all_blocks(t, at, blocks, &p, NULL, threads);
+        p.sq = 0;
+        for (int64_t i = 0; i < count; i++) p.sq += blocks[i].parts.sq, p.cross += blocks[i].parts.cross;
+    }
+    const Move m = turn(t, p, s.dd, t->norm[r], speed_of(t, r), t->update_sq + r);
+    all_blocks(t, at, blocks, &p, &m, threads);
+}
+
+static Tensor tensor_at(const int64_t *w, const double *x) {
+    Tensor t = {(float *)w[0], (const float *)w[1], (float *)w[2], (float *)w[3], (float *)w[4], (float *)w[5],
+                (const float *)w[6], w[7], w[8], w[9], w[10], x[0], x[1], x[2], x[3], x[4], x[5], (float)x[6], {0}};
+    for (int i = 0; i < 5; i++) t.c[i] = (float)x[7 + i];
+    return t;
+}
+
+/* The step of `count` tensors, none empty: WORDS addresses and integers and NUMBERS doubles each, ordered as `Tensor`.
+ * `failed` becomes 1 if memory for the work list is lacking; nothing is touched then. */
+void rotational_step(int64_t count, const int64_t *words, const double *numbers, int64_t threads, int64_t *failed) {
+    Tensor *tensors = malloc((size_t)(count + 1) * sizeof *tensors);
+    int64_t *first_task = malloc((size_t)(count + 1) * sizeof *first_task), longest = 0;
+    for (int64_t i = 0; tensors && first_task && i < count; i++) {
+        tensors[i] = tensor_at(words + i * WORDS, numbers + i * NUMBERS);
+        const int64_t n = tensors[i].columns, batch = 1 + (TASK - 1) / n;
+        first_task[0] = 0;
+        first_task[i + 1] = first_task[i] + (n > LONG_ROW ? 0 : (tensors[i].rows + batch - 1) / batch);
+        longest = n > LONG_ROW && n > longest ? n : longest;
+    }
+    Block *blocks = malloc((size_t)(longest / BLOCK + 1) * sizeof *blocks);
+    *failed = !tensors || !first_task || !blocks;
+    if (*failed || count == 0) goto done;
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 1)
+    for (int64_t k = 0; k < first_task[count]; k++) {
+        int64_t low = 0, high = count; /* bisect for the tensor with first_task[low] <= k < first_task[low + 1] */
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            *(first_task[middle] <= k ? &low : &high) = middle;
+        }
+        const Tensor *t = tensors + low;
+        const int64_t batch = 1 + (TASK - 1) / t->columns, r0 = (k - first_task[low]) * batch;
+        some_rows(t, r0, smaller(r0 + batch, t->rows));
+    }
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t r = 0; tensors[i].columns > LONG_ROW && r < tensors[i].rows; r++)
+            long_row(tensors + i, r, blocks, (int)threads);
+done:
+    free(tensors);
+    free(first_task);
+    free(blocks);
+}
