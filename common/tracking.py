@@ -27,6 +27,8 @@ INIT_SECONDS = 15.0
 FINISH_SECONDS = 120.0
 NAME_LENGTH = 128  # W&B's own limit for run names
 
+_online_failed = False  # one failure sends the rest of the process offline: waiting once is enough
+
 
 class Tracker:
     """One W&B run at a time, as a context manager; mode "disabled" does nothing and imports nothing.
@@ -89,7 +91,7 @@ class Tracker:
             "tags": [*self.tags, *([arm] if arm else [])],
             "config": dict(config),
         }
-        for mode in _attempts(decide(self.mode)):
+        for mode in _attempts("offline" if _online_failed and self.mode != "disabled" else decide(self.mode)):
             self._run = self._open(paper, {"mode": mode, **settings})
             if self._run is not None:
                 self._run.define_metric("step")
@@ -142,7 +144,11 @@ class Tracker:
         self.finish(failed=kind is not None)
 
     def _open(self, paper: str, arguments: dict[str, Any]) -> Any:
+        global _online_failed
         folder = self.results / paper
+        # its own chatter and crash reports: the latter wait for ten seconds at exit on a network that swallows packets
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             import wandb
@@ -160,6 +166,7 @@ class Tracker:
             return wandb.init(dir=str(folder), settings=settings, reinit="finish_previous", **arguments)
         except Exception as error:  # tracking never costs a training
             _note(f"W&B {arguments['mode']} run not started ({_brief(error)})")
+            _online_failed = _online_failed or arguments["mode"] == "online"
             return None
 
 

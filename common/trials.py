@@ -67,8 +67,8 @@ class Trial:
     _earlier: bool = False
 
     def __post_init__(self) -> None:
+        self._earlier = (self.folder / "history.jsonl").exists()
         self._history = _read_history(self.folder / "history.jsonl")
-        self._earlier = bool(self._history)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Add metrics to the history at `step` (and to W&B).
@@ -83,8 +83,7 @@ class Trial:
         if not self.writes:
             return
         if self._earlier:  # a resumed trial repeats the steps after its checkpoint
-            self._history = {s: row for s, row in self._history.items() if s < step}
-            self._earlier = False
+            self._forget_from(step)
         row = {name: self._per_seed(name, value) for name, value in metrics.items()}
         self._history.setdefault(int(step), {}).update(row)
         with open(self.folder / "history.jsonl", "a") as file:
@@ -92,6 +91,14 @@ class Trial:
         if self.tracker is not None:
             shown = {name: values if len(values) > 1 else values[0] for name, values in row.items()}
             self.tracker.log(shown, step=int(step))
+
+    def _forget_from(self, step: int) -> None:
+        """Drop what an interrupted run had logged at or after `step`, a torn last line included."""
+        self._history = {s: row for s, row in self._history.items() if s < step}
+        self._earlier = False
+        aside = self.folder / "history.new"
+        aside.write_text("".join(json.dumps([s, row]) + "\n" for s, row in self._history.items()))
+        aside.replace(self.folder / "history.jsonl")
 
     def _per_seed(self, name: str, value: Any) -> list[float]:
         plain = value.tolist() if hasattr(value, "tolist") else value
@@ -123,7 +130,6 @@ def _read_history(path: Path) -> dict[int, dict[str, list[float]]]:
                 step, row = json.loads(line)
             except ValueError:
                 break
-            history = {s: r for s, r in history.items() if s <= step}
             history.setdefault(step, {}).update(row)
     return history
 

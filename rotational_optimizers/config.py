@@ -8,7 +8,6 @@ from typing import Any
 from common.config import CommonConfig, check, register
 from common.data.config import DataConfig
 from common.models.config import ModelConfig
-from rotational_optimizers.tasks.random_walk import RandomWalkConfig
 
 OPTIMIZERS = (
     "sgdm",
@@ -158,6 +157,35 @@ class NetworkTaskConfig:
         for key in ("train_samples", "epochs", "eval_tokens"):
             value = getattr(self, key)
             check(f"task.{key}", value, value is None or value > 0, "> 0, or null")
+
+
+@dataclass
+class RandomWalkConfig:
+    """Walk rows of a weight matrix on scale-invariant noise and compare norm and angle with the formulas."""
+
+    name: str = "random_walk"
+    dim: int = 128
+    """Coordinates of a row (C)."""
+    neurons: int = 24
+    """Rows for every seed and gradient scale."""
+    steps: int = 8000
+    """Optimizer steps."""
+    burn_in: float = 0.125
+    """Fraction of the steps before norm and angle are averaged."""
+    gradient_scales: list[float] = field(default_factory=lambda: [1.0])
+    """Sizes of the gradient, one block of rows each (s)."""
+    start_norm: float | None = None
+    """Initial norm as a multiple of the equilibrium norm, to watch the transient; null starts in equilibrium."""
+
+    def __post_init__(self) -> None:
+        check("task.dim", self.dim, self.dim >= 3, ">= 3")
+        check("task.neurons", self.neurons, self.neurons >= 1, ">= 1")
+        check("task.steps", self.steps, self.steps >= 1, ">= 1")
+        check("task.burn_in", self.burn_in, 0 <= self.burn_in < 1, "in [0, 1)")
+        scales = self.gradient_scales
+        check("task.gradient_scales", scales, len(scales) > 0 and min(scales, default=0) > 0, "a list of numbers > 0")
+        start = self.start_norm
+        check("task.start_norm", start, start is None or start > 0, "> 0, or null")
 
 
 @dataclass

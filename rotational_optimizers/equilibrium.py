@@ -97,7 +97,8 @@ def equilibrium_rotation(
         grad_norm: √E‖g̃‖², RMS norm of the gradient at ‖ω‖ = 1; needed by Adam with coupled L2 only.
 
     Raises:
-        ValueError: unknown optimizer, value out of range, or a needed value missing.
+        ValueError: unknown optimizer, value out of range, or a needed value missing; with `exact`, lr·weight_decay so
+            large that the walk diverges (≥ 2 decoupled, ≥ 2(1 + α) coupled).
 
     Source: paper, table of expected rotations. Adam+L2, Nesterov and exact forms: derivation.
     """
@@ -203,6 +204,8 @@ def _linear_walk(rule: _Rule) -> tuple[Number, Number]:
     c = step * (1 + a) if rule.nesterov else step
     phi1 = 1 - phi2 - delta
     noise = (1 + theta**2) * (1 - phi2) + 2 * theta * phi1
+    if not _all(1 - phi2 + phi1 > 0) or not _all(1 + phi2 > 0):
+        raise ValueError(f"lr*weight_decay={rule.lr * rule.weight_decay}: so much decay makes the walk diverge")
     spread = (1 + phi2) * (1 - phi2 + phi1)
     # at δ = 0 (no decay) the walk has no stationary law: infinite norm, no rotation
     variance = c**2 * noise / (delta * spread) if _all(delta > 0) else delta + math.inf
@@ -216,6 +219,8 @@ def _lion_walk(rule: _Rule) -> tuple[Number, Number]:
     Σ_k γ_k d^(k−1) = (2/π) Σ_j a_j c^(2j+1)/(1 − d·β2^(2j+1)).
     """
     b1, b2, decay = rule.momentum, rule.beta2, rule.lr * rule.weight_decay
+    if not _all(decay < 2):
+        raise ValueError(f"lr*weight_decay={decay}: must be < 2, or the walk diverges")
     d = 1 - decay
     c = (b1**2 * b2 * (1 - b2) / (1 + b2) + b1 * (1 - b1) * (1 - b2)) / rule.sign_variance()
     lead, ratio = _column(c), _column(b2)

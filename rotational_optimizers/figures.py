@@ -60,7 +60,7 @@ def gradient_scale(records: Records) -> Figure:
     for i, arm in enumerate(dict.fromkeys(frame["arm"])):
         rows = frame[frame["arm"] == arm]
         scales = np.array(rows["scales"].iloc[0], dtype=float)
-        curve_with_band(ax, scales, np.array(rows["scale_angle"].tolist(), dtype=float), _name(arm), i)
+        curve_with_band(ax, scales, np.array(rows["scale_angles"].tolist(), dtype=float), _name(arm), i)
     start = values(frame, "adam_l2", "angle").mean()
     ax.plot(scales, start * scales ** (-1 / 3), color=INK, alpha=0.4, linewidth=1)
     ax.set_yscale("log")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rotational_optimizers.adamw import RotationalAdamW
-from rotational_optimizers.config import ImbalanceConfig, OptimizerConfig
 from rotational_optimizers.equilibrium import equilibrium_rotation
 from rotational_optimizers.groups import rotational_param_groups
 from rotational_optimizers.lion import RotationalLion
 from rotational_optimizers.relatives import LAMB, AdamP, Hyperball, Lion, Nero, UpdateFloor
 from rotational_optimizers.sgd import RotationalSGD
+
+if TYPE_CHECKING:
+    from rotational_optimizers.config import ImbalanceConfig, OptimizerConfig
 
 
 def imbalanced_speed(config: ImbalanceConfig, n_models: int) -> Callable[[Tensor], Tensor] | None:

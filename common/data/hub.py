@@ -35,7 +35,7 @@ def load(config: DataConfig) -> "DatasetDict":
     chosen = {names[name]: _images(split, config) for name, split in splits.items() if name in names}
     if "train" not in chosen:
         raise ValueError(f"data.split_names={config.split_names}: {config.name} has splits {', '.join(splits)}")
-    return datasets.DatasetDict(chosen)
+    return datasets.DatasetDict({name: chosen[name] for name in ("train", "validation", "test") if name in chosen})
 
 
 def _local(config: DataConfig) -> "DatasetDict":

@@ -34,8 +34,11 @@ def tokenise(split: "Dataset", column: str = "text", tokenizer: str = "", cache:
 
     Raises:
         FileNotFoundError: `tokenizer` is not a folder.
-        ValueError: the tokenizer has no end-of-text token.
+        ValueError: the column is not text, or the tokenizer has no end-of-text token.
     """
+    kind = getattr(split.features.get(column), "dtype", None)
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"column={column!r}: must be a column of text, the set has {split.features}")
     if not tokenizer:
         return text_bytes(list(split[column]))
     import torch

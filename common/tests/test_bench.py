@@ -9,7 +9,8 @@ import torch
 
 from common.kernels import bench
 
-KEYS = "what size threads ours ours_ms baseline baseline_ms ratio ratio_lo ratio_hi floor_ms memory_mb n".split()
+KEYS = ["what", "size", "threads", "ours", "ours_ms", "baseline", "baseline_ms"]
+KEYS += ["ratio", "ratio_lo", "ratio_hi", "floor_ms", "memory_mb", "n"]
 
 
 def sleeper(seconds):

@@ -167,7 +167,21 @@ def test_translation_ignores_padding_and_sees_no_future() -> None:
     assert (padded - logits).abs().max() < TOLERANCE
     target[..., 3] = 2 + (target[..., 3] - 1) % 11
     assert torch.equal(model(source, target)[:, :, :3], logits[:, :, :3])
-    assert not torch.equal(model(source.flip(2), target)[:, :, :3], logits[:, :, :3])
+
+
+def test_translation_embeds_tokens_scaled_by_sqrt_d_and_adds_positions() -> None:
+    model = build(ModelConfig(name="translation", source_vocab=9, vocab=13, d_model=16, n_head=2), [0])
+    ids = torch.tensor([[[2, 5, 3]]])
+    expected = 4 * model.source.weight[ids] + sinusoids(3, 16)
+    torch.testing.assert_close(model._embed(model.source, ids), expected)
+
+
+def test_translation_projections_start_with_xavier_bounds() -> None:
+    layer = Layer(1, 64, 64, 4, gains=False, dropout=0.0, decoder=False).self_attention
+    bound = (6 / 128) ** 0.5
+    # the largest of 4,096 uniform draws lies within 1 % of the bound
+    assert layer.out.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert layer.query.weight.abs().max().item() == pytest.approx(bound / 2**0.5, rel=0.01)
 
 
 def test_sinusoids_are_sine_and_cosine_of_geometric_frequencies() -> None:
@@ -226,10 +240,75 @@ def test_a_pre_activation_block_whose_last_convolution_is_zero_is_the_identity()
         assert torch.equal(post(x), x.relu())
 
 
-def test_he_initialisation_keeps_the_std_of_fan_out() -> None:
-    conv = build(ModelConfig(name="resnet", in_channels=3, channels=64, stages=[1]), [0]).blocks[0].convs[0]
-    # 36,864 normal draws: relative standard error 0.4 %
-    assert conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+def test_a_pre_activation_shortcut_starts_from_the_activated_input() -> None:
+    block = Block(lambda *shape: Conv2d(1, *shape, bias=False), nn.BatchNorm2d, "basic", 4, 6, 2, pre_activation=True)
+    x = torch.randn(3, 4, 6, 6)
+    active = block.norms[0](x).relu()
+    expected = block.convs[1](block.norms[1](block.convs[0](active)).relu()) + block.shortcut(active)
+    assert torch.equal(block(x), expected)
+    assert expected.shape == (3, 6, 3, 3)
+
+
+def test_he_initialisation_has_the_std_of_fan_out() -> None:
+    stem = build(ModelConfig(name="resnet", in_channels=3, channels=64, stages=[1]), [0]).stem[0]
+    # 1,728 normal draws: relative standard error 1.7 %
+    assert stem.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.08)
+
+
+def test_vgg_is_convolutions_pooling_and_two_dense_layers() -> None:
+    ours = build(ModelConfig(name="vgg", in_channels=3, channels=4, stages=[1, 2], norm="bn"), [0]).double()
+    layers: list[nn.Module] = []
+    for c_in, c_out, pool in ((3, 4, True), (4, 8, False), (8, 8, True)):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pool else []
+    dense = [nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    plain = nn.Sequential(*layers, *dense, nn.Linear(8, 10)).double()
+    assert_same_function(ours, plain, randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln", "none"])
+def test_mlp_is_linear_norm_relu(norm: str) -> None:
+    ours = build(ModelConfig(name="mlp", in_channels=7, channels=6, depth=2, norm=norm), [0]).double()
+    new_norm = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "none": nn.Identity}[norm]
+    layers = [
+        (nn.Linear(7, 6, bias=norm == "none"), nn.Linear(6, 6, bias=norm == "none")), (new_norm(6), new_norm(6))
+    ]  # fmt: skip
+    order = [layers[0][0], layers[1][0], nn.ReLU(), layers[0][1], layers[1][1], nn.ReLU()]
+    plain = nn.Sequential(*order, nn.Linear(6, 10)).double()
+    copies = nn.ModuleList([*layers[0], *layers[1], plain[-1]])
+    assert_same_function(ours, plain, randn(5, 7), copies)
+
+
+def assert_same_function(ours: nn.Module, plain: nn.Module, x: Tensor, order: nn.Module | None = None) -> None:
+    """With parameters copied in order, one model's logits equal those of the torch.nn network."""
+    with torch.no_grad():
+        for target, source in zip((order or plain).parameters(), ours.parameters(), strict=True):
+            target.copy_(source)
+    expected = plain(x)
+    assert (ours(x)[0] - expected).abs().max() < TOLERANCE * max(1.0, expected.abs().max().item())
+
+
+def test_vit_reads_every_patch_through_its_class_token() -> None:
+    config = ModelConfig(name="vit", in_channels=1, image_size=8, patch_size=4, d_model=8, n_head=2)
+    model, x = build(config, [0]).double(), randn(2, 1, 8, 8)
+    for row in (0, 7):
+        changed = x.clone()
+        changed[:, :, row, row] += 1
+        assert (model(changed) != model(x)).any(-1).all()
+    assert (model(x.flip(3)) - model(x)).abs().max() > 1e-6
+    for block in model.blocks:
+        for branch in (block.attention_out, block.mlp_out):
+            nn.init.zeros_(branch.weight)
+    token = model.class_token.weight[0] + model.position.weight[0]
+    expected = model.head(model.norm(token[None, None]))[0, 0]
+    assert (model(x)[0] - expected).abs().max() < TOLERANCE
+
+
+def test_standardized_convolutions_start_at_their_scaled_initial_weights() -> None:
+    conv = build(ModelConfig(channels=6, weight_standardization=True, init_scale=0.1), [0]).double().blocks[1].conv
+    centred = conv.weight - conv.weight.mean((1, 2), keepdim=True)
+    # recorded in float32
+    torch.testing.assert_close(conv.effective_weight(), centred, rtol=1e-5, atol=0)
 
 
 def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:

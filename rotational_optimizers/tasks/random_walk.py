@@ -11,51 +11,20 @@ Every row of one float64 matrix is such a vector: seeds, scales and neurons walk
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from common.config import check
 from rotational_optimizers.equilibrium import equilibrium_norm, equilibrium_rotation, norm_trajectory
 from rotational_optimizers.relatives import Lion
 
 if TYPE_CHECKING:
     from common.trials import Trial
-    from rotational_optimizers.config import OptimizerConfig, TrialConfig
+    from rotational_optimizers.config import OptimizerConfig, RandomWalkConfig, TrialConfig
 
 CURVE_POINTS = 80
 NOISE_STEPS = 64
-
-
-@dataclass
-class RandomWalkConfig:
-    """Walk rows of a weight matrix on scale-invariant noise and compare norm and angle with the formulas."""
-
-    name: str = "random_walk"
-    dim: int = 128
-    """Coordinates of a row (C)."""
-    neurons: int = 24
-    """Rows for every seed and gradient scale."""
-    steps: int = 8000
-    """Optimizer steps."""
-    burn_in: int = 1000
-    """Steps before norm and angle are averaged."""
-    gradient_scales: list[float] = field(default_factory=lambda: [1.0])
-    """Sizes of the gradient, one block of rows each (s)."""
-    start_norm: float | None = None
-    """Initial norm as a multiple of the equilibrium norm, to watch the transient; null starts in equilibrium."""
-
-    def __post_init__(self) -> None:
-        check("task.dim", self.dim, self.dim >= 3, ">= 3")
-        check("task.neurons", self.neurons, self.neurons >= 1, ">= 1")
-        check("task.steps", self.steps, self.steps >= 1, ">= 1")
-        check("task.burn_in", self.burn_in, 0 <= self.burn_in < self.steps, f"in [0, task.steps={self.steps})")
-        scales = self.gradient_scales
-        check("task.gradient_scales", scales, len(scales) > 0 and min(scales, default=0) > 0, "a list of numbers > 0")
-        start = self.start_norm
-        check("task.start_norm", start, start is None or start > 0, "> 0, or null")
 
 
 def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
@@ -72,7 +41,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     """
     task, seeds = config.task, range(config.seed, config.seed + config.n_seeds)
     predictions = [_predict(config.optimizer, task.dim, scale) for scale in task.gradient_scales]
-    walk = _Walk(config.optimizer, task, list(seeds), [p["norm_predicted_exact"] for p in predictions])
+    walk = _Walk(config.optimizer, task, list(seeds), [_start_norm(p) for p in predictions])
     angle_sq, norm_sq, curve = walk.run(trial)
     return [
         {"seed": seed, **_row(task, predictions, angle_sq[i].sqrt(), norm_sq[i].sqrt())}
@@ -100,6 +69,7 @@ class _Walk:
         scales = torch.tensor(task.gradient_scales, dtype=torch.float64)
         self.scale = scales.repeat_interleave(task.neurons).repeat(len(seeds))  # (S*G*K,)
         self.optimizer, self.shrink = _optimizer(optimizer, self.weight)
+        self.burn_in = int(task.burn_in * task.steps)
         self.curve_every = max(1, task.steps // CURVE_POINTS)
         self.curve_steps = list(range(0, task.steps + 1, self.curve_every))
 
@@ -119,14 +89,14 @@ class _Walk:
                 square = self._step(z, square, inner[k])
                 squares[k] = square
             before = torch.cat([begin[None], squares[:-1]])
-            late = slice(max(0, task.burn_in - first), None)
+            late = slice(max(0, self.burn_in - first), None)
             angle = torch.acos((inner / (before * squares).sqrt()).clamp(-1, 1))[late]
             angle_sq += angle.square().sum(0)
             norm_sq += squares[late].sum(0)
             marks = [k for k in range(len(noise)) if (first + k + 1) % self.curve_every == 0]
             curve += [squares[k].view(shape)[:, 0].mean(1) for k in marks]
             trial.progress(first + len(noise), task.steps)
-        count = task.steps - task.burn_in
+        count = task.steps - self.burn_in
         return angle_sq.view(shape).mean(2) / count, norm_sq.view(shape).mean(2) / count, torch.stack(curve)
 
     def _noise(self, steps: int) -> Tensor:
@@ -193,13 +163,20 @@ def _hyper(c: OptimizerConfig, dim: int, scale: float) -> dict[str, Any]:
 
 
 def _predict(c: OptimizerConfig, dim: int, scale: float) -> dict[str, float]:
+    """Angle and norm, to first order and exact; NaN for the latter where decay is so large that the walk diverges."""
     values = _hyper(c, dim, scale)
-    return {
-        "angle_predicted": float(equilibrium_rotation(**values)),
-        "angle_predicted_exact": float(equilibrium_rotation(**values, exact=True)),
-        "norm_predicted": float(equilibrium_norm(**values)),
-        "norm_predicted_exact": float(equilibrium_norm(**values, exact=True)),
-    }
+    found = {"angle_predicted": equilibrium_rotation(**values), "norm_predicted": equilibrium_norm(**values)}
+    try:
+        found["angle_predicted_exact"] = equilibrium_rotation(**values, exact=True)
+        found["norm_predicted_exact"] = equilibrium_norm(**values, exact=True)
+    except ValueError:
+        found |= {"angle_predicted_exact": math.nan, "norm_predicted_exact": math.nan}
+    return {key: float(value) for key, value in found.items()}
+
+
+def _start_norm(prediction: dict[str, float]) -> float:
+    exact = prediction["norm_predicted_exact"]
+    return exact if math.isfinite(exact) else prediction["norm_predicted"]
 
 
 def _row(task: RandomWalkConfig, predictions: list[dict[str, float]], angles: Tensor, norms: Tensor) -> dict[str, Any]:
@@ -229,7 +206,7 @@ def _row(task: RandomWalkConfig, predictions: list[dict[str, float]], angles: Te
 def _transient(config: TrialConfig, settled: float, steps: list[int], curve: Tensor) -> dict[str, Any]:
     """The curve of mean squared norms, (points,), against the exponential; empty for a walk from equilibrium."""
     task, c = config.task, config.optimizer
-    if task.start_norm is None or c.name == "adam_l2":
+    if task.start_norm is None or c.name == "adam_l2" or not math.isfinite(settled):
         return {}
     values = _hyper(c, task.dim, task.gradient_scales[0])
     x0, t = (task.start_norm * settled) ** 2, torch.tensor(steps, dtype=torch.float64)

@@ -285,6 +285,13 @@ def test_values_out_of_range_are_named(overrides, message):
         rotation("adamw", **overrides)
 
 
+@pytest.mark.parametrize(("rule", "limit"), [("sgdm", 3.6), ("sgdw", 2.0), ("adamw", 2.0), ("lion", 2.0)])
+def test_the_exact_law_ends_where_the_walk_diverges(rule, limit):
+    assert math.isfinite(norm(rule, exact=True, lr=1.0, weight_decay=limit * 0.999))
+    with pytest.raises(ValueError, match=r"lr\*weight_decay=.*diverge"):
+        rotation(rule, exact=True, lr=1.0, weight_decay=limit * 1.001)
+
+
 def test_missing_and_unknown_things_are_named():
     with pytest.raises(ValueError, match=r"momentum=1\.5"):
         rotation("sgdm", momentum=1.5)

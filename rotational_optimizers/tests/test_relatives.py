@@ -219,15 +219,14 @@ def test_norms_stay_for_ever(name):
     torch.testing.assert_close(end.norm(), w.norm(), rtol=1e-13, atol=0)
     if name != "hyperball":
         torch.testing.assert_close(end.norm(dim=1), w.norm(dim=1), rtol=1e-13, atol=0)
-    assert (end - w).norm() > 0.1 * w.norm()
+    assert (end - w).norm() > 0.03 * w.norm()
 
 
 @pytest.mark.parametrize("name", ["hyperball_rows", "update_floor", "adamp", "nero"])
 def test_columns_as_neurons_are_rows_of_the_transpose(name):
     grads = gradients((5, 7))
-    transposed = lambda p, **k: OPTIMIZERS[name](p, **k)  # noqa: E731
     p = nn.Parameter(start((5, 7)).T.contiguous())
-    optimizer = transposed([{"params": [p], "neuron_dim": 1}])
+    optimizer = OPTIMIZERS[name]([{"params": [p], "neuron_dim": 1}])
     for g in grads:
         p.grad = g.T.contiguous()
         optimizer.step()
@@ -254,7 +253,7 @@ def train(model, optimizer, x, y, steps):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_learns_a_small_network(name):
     model, x, y = model_and_data()
-    losses = train(model, OPTIMIZERS[name](model.parameters()), x, y, 60)
+    losses = train(model, OPTIMIZERS[name](model.parameters(), lr=0.03), x, y, 80)
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -378,7 +377,8 @@ RANGES = [(name, "lr", -0.1) for name in OPTIMIZERS]
 RANGES += [(name, "weight_decay", -1.0) for name in OPTIMIZERS if name != "nero"]
 RANGES += [(name, "betas", (0.9, 1.0)) for name in OPTIMIZERS if name != "nero"]
 RANGES += [(name, "eps", math.nan) for name in ADAM_KIN]
-RANGES += [("adamp", "delta", -1.0), ("adamp", "decay_ratio", 1.5), ("update_floor", "floor", -1.0), ("nero", "beta", 1.0)]
+RANGES += [("adamp", "delta", -1.0), ("adamp", "decay_ratio", 1.5)]
+RANGES += [("update_floor", "floor", -1.0), ("nero", "beta", 1.0)]
 
 
 @pytest.mark.parametrize(("name", "key", "value"), RANGES)
