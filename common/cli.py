@@ -107,6 +107,8 @@ class TrialCLI:
         except KeyboardInterrupt:
             sys.stderr.write("interrupted; what was recorded is kept: run the same line again to go on\n")
             return INTERRUPTED
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except Exception as error:
             return errors.report(error, self.schema)
         finally:
@@ -120,9 +122,10 @@ class TrialCLI:
         key = trial_key(config, fingerprint(entry))
         store = TrialStore(Path(config.results_dir) / self.paper)
         shown = not quiet and ranks.is_first()
-        record = store.load(key) if shown else None
-        if record is not None:
-            print(f"already recorded (same config, same code), nothing to train: {record.folder}")
+        record = store.load(key)
+        if ranks.agree(record is not None, key):
+            if shown and record is not None:
+                print(f"already recorded (same config, same code), nothing to train: {record.folder}")
         else:
             with Progress("training", 0, enabled=shown and config.tracking.progress) as bar:
                 record = store.run(key, config, entry, run_name(overrides), bar.update)

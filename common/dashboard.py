@@ -63,7 +63,9 @@ def sections(paper: str) -> list[Section]:
     name = f"{paper}.dashboard"
     try:
         found = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != paper:  # the paper is there, something it imports is not
+            raise
         found = None
     if found is None:
         raise ValueError(f"paper={paper}: there is no {paper}/dashboard.py")

@@ -123,8 +123,10 @@ def split_sweeps(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
 
 def untrained(jobs: Sequence[Job], store: TrialStore) -> list[Job]:
     """The jobs without a record, one a key, the costliest first so that none is left over at the end."""
-    unique = {job.key: job for job in reversed(jobs)}
-    missing = [job for job in unique.values() if store.load(job.key) is None][::-1]
+    unique: dict[str, Job] = {}
+    for job in jobs:
+        unique.setdefault(job.key, job)
+    missing = [job for job in unique.values() if store.load(job.key) is None]
     return sorted(missing, key=lambda job: -float(job.config.get("cost") or 0))
 
 

@@ -112,9 +112,11 @@ def spread_ratio(a: str, b: str, factor: float) -> Test:
 
 
 def best(records: Records, experiment: str, arm: str, warmup: float) -> pd.DataFrame:
-    """The rows of the learning rate that is best on the validation split, ordered by seed."""
+    """The rows of the learning rate that is best on the validation split (or the only one), ordered by seed."""
     frame = records[experiment]
     rows = frame[(frame["arm"] == arm) & np.isclose(frame["schedule.warmup"], warmup)]
+    if rows["optimizer.lr"].nunique() == 1:
+        return rows.sort_values("seed")
     rate = rows.groupby("optimizer.lr")["validation_accuracy"].mean().idxmax()
     return rows[rows["optimizer.lr"] == rate].sort_values("seed")
 

@@ -289,17 +289,17 @@ def _resolve(
 def rule_of(optimizer: torch.optim.Optimizer | Mapping[str, Any]) -> str:
     """Name of the rule that a torch optimizer (by its class) or a param group (by its keys) follows: "sgd", "adamw", ….
 
+    Adam's groups are "adamw"; what their `decoupled_weight_decay` says is read beside the other values.
+
     Raises:
         ValueError: no formula for it.
     """
     if isinstance(optimizer, Mapping):
         if "betas" in optimizer:
-            name = "lion" if "eps" not in optimizer else "nadam" if "momentum_decay" in optimizer else "adamw"
-        elif "momentum" in optimizer and "nesterov" in optimizer:
-            name = "sgd"
-        else:
-            raise ValueError(f"optimizer: a group with keys {sorted(optimizer)} is none of {', '.join(_NAMES)}")
-        return "adam_l2" if name == "adamw" and not optimizer.get("decoupled_weight_decay", True) else name
+            return "lion" if "eps" not in optimizer else "nadam" if "momentum_decay" in optimizer else "adamw"
+        if "momentum" in optimizer and "nesterov" in optimizer:
+            return "sgd"
+        raise ValueError(f"optimizer: a group with keys {sorted(optimizer)} is none of {', '.join(_NAMES)}")
     # a subclass of a known optimizer counts as it, hence the whole line of ancestors
     known = [base.__name__ for base in type(optimizer).__mro__ if base.__name__ in _CLASSES]
     if not known:

@@ -26,9 +26,6 @@ from torch.optim import Optimizer
 class _Relative(Optimizer):
     """Closure, checks and gathering of tensors; a subclass says how to update those of one group."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`, with the ranges of the group's values checked (ValueError)."""
         super().add_param_group(param_group)

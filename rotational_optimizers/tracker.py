@@ -228,7 +228,7 @@ class RotationTracker:
     def _read(self, window: str | None) -> _Window:
         if window is None and len(self._ranges) < 2:
             window = next(iter(self._ranges), "complete" if "complete" in self._windows else "running")
-        if window not in self._windows or (window not in self._ranges and self._ranges):
+        elif window not in self._ranges:
             raise ValueError(f"window={window!r}: must be one of {', '.join(self._ranges) or 'None'}")
         return self._windows[window]
 
@@ -278,8 +278,9 @@ class RotationTracker:
         predicted = torch.tensor([expected[index] for index in self._group_of], dtype=torch.float64)
         for name in active:
             self._windows[name].add(stats, predicted)
-        if self._windows.get("running", _Window(0, 0)).count == self._block > 0:
-            self._windows |= {"complete": self._windows["running"], "running": self._new()}
+        running = self._windows.get("running")
+        if running is not None and running.count == self._block:
+            self._windows |= {"complete": running, "running": self._new()}
 
 
 def _norms(rows: list[Tensor]) -> Tensor:

@@ -77,8 +77,8 @@ def rotational_update_(
 ) -> None:  # fmt: skip
     """Turn every row of `weight` by about `rotation` away from `direction` and keep its norm, in place.
 
-    A row stays as it is, bit by bit, if it is not `alive`, if its direction is not finite or if its rotation is 0. A row
-    of norm 0 has no angle: it takes the plain step x ← (1 − lr·weight_decay)·x − lr·direction.
+    A row stays as it is, bit by bit, if it is not `alive`, if its direction is not finite or if its rotation is 0. A
+    row of norm 0 has no angle: it takes the plain step x ← (1 − lr·weight_decay)·x − lr·direction.
 
     Args:
         weight: (…, K, …), floating point, any layout.

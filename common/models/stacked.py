@@ -104,7 +104,7 @@ class Weighted(Stacked):
         self.reset_parameters()
 
     def reset_model(self, index: int, generator: torch.Generator | None) -> None:
-        """Draw weight and bias as nn.Linear and nn.Conv do; gains are 1."""
+        """Draw one model's weight and bias as nn.Linear and nn.Conv do."""
         weight = chunk(self.weight, self.n_models, index)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
         if self.bias is not None:

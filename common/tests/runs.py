@@ -30,7 +30,9 @@ def environment(source: Path = FIXTURE, **more: str) -> dict[str, str]:
 
 def run(command: list[str], cwd: Path, *, source: Path = FIXTURE, **more: str) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
-    return subprocess.run(command, cwd=cwd, env=environment(source, **more), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(source, **more), capture_output=True, text=True, timeout=120
+    )
 
 
 def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,23 @@ KEYS = ["what", "size", "threads", "ours", "ours_ms", "baseline", "baseline_ms"]
 KEYS += ["ratio", "ratio_lo", "ratio_hi", "floor_ms", "memory_mb", "n"]
 
 
-def sleeper(seconds):
-    return lambda: time.sleep(seconds)
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only in `clock.call(seconds)`, on a machine that gets slower from round to round."""
+
+    class Clock:
+        now, calls, contenders = 0.0, 0, 1
+
+        def call(self, seconds):
+            def pass_time():
+                self.now += seconds * (1 + self.calls // self.contenders)
+                self.calls += 1
+
+            return pass_time
+
+    fake = Clock()
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: fake.now, time=time.time))
+    return fake
 
 
 def test_wrong_result_is_not_timed():
@@ -28,14 +44,20 @@ def test_wrong_result_is_not_timed():
         bench.compare("sum", "4", ("ours", never), {"torch": never}, check=wrong)
 
 
-def test_ratio_is_baseline_time_over_our_time():
-    contenders = {"three times slower": sleeper(0.015), "as fast": sleeper(0.005)}
-    slower, equal = bench.compare("sleep", "5 ms", ("ours", sleeper(0.005)), contenders, check=lambda: None, rounds=7)
-    # sleeping overshoots, by the same tenths of a millisecond in both
-    assert 2 < slower.ratio < 4
-    assert 0.5 < equal.ratio < 2
-    assert slower.ratio_lo <= slower.ratio <= slower.ratio_hi
+def test_ratio_is_baseline_time_over_our_time_of_the_same_round(clock):
+    clock.contenders = 3
+    others = {"three times slower": clock.call(0.015), "as fast": clock.call(0.005)}
+    slower, equal = bench.compare("f", "1", ("ours", clock.call(0.005)), others, check=lambda: None, rounds=7)
+    # the machine slows down eightfold on the way, and a paired ratio does not move
+    assert slower.ratio == pytest.approx(3) and slower.ratio_lo == pytest.approx(slower.ratio_hi)
+    assert equal.ratio == pytest.approx(1)
+    assert slower.ours_ms == equal.ours_ms == pytest.approx(5 * 5)
     assert slower.n == equal.n == 7
+
+
+def test_rounds_end_with_the_time_budget_but_not_before_five(clock):
+    (row,) = bench.compare("f", "1", ("a", clock.call(1)), {"b": clock.call(1)}, check=lambda: None, budget_s=0.1)
+    assert row.n == 5
 
 
 def test_samples_are_paired_by_round_and_all_contenders_share_each_round():
@@ -89,8 +111,8 @@ def test_floor_is_below_a_real_copy_and_grows_with_the_work(monkeypatch):
     assert bench.floor(1e6, 2e8, 1) == pytest.approx(2e-2)
 
 
-def test_written_file_follows_the_contract_and_keeps_rows_that_lose(tmp_path, capsys):
-    rows = bench.compare("sleep", "1", ("ours", sleeper(0.01)), {"fast": sleeper(0.003)}, check=lambda: None, rounds=5)
+def test_written_file_follows_the_contract_and_keeps_rows_that_lose(clock, tmp_path, capsys):
+    rows = bench.compare("f", "1", ("ours", clock.call(0.01)), {"fast": clock.call(0.003)}, check=lambda: None)
     assert rows[0].ratio < 1
     path = bench.write("some_paper", rows, results=tmp_path)
     assert path == tmp_path / "some_paper" / "bench-cpu.json"
@@ -104,6 +126,6 @@ def test_written_file_follows_the_contract_and_keeps_rows_that_lose(tmp_path, ca
 
 def test_comparison_without_a_baseline_is_refused():
     with pytest.raises(ValueError, match="baselines"):
-        bench.compare("sum", "4", ("ours", sleeper(0)), {}, check=lambda: None)
+        bench.compare("sum", "4", ("ours", int), {}, check=lambda: None)
     with pytest.raises(ValueError, match="'same'"):
-        bench.compare("sum", "4", ("same", sleeper(0)), {"same": sleeper(0)}, check=lambda: None)
+        bench.compare("sum", "4", ("same", int), {"same": int}, check=lambda: None)

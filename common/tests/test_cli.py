@@ -29,7 +29,7 @@ MISTAKES = {
     "n_seeds=1.5": "n_seeds=1.5: must be an integer",
     "optimizer.momentum=a": "optimizer.momentum=a: must be a number or null",
     "weights=3": "weights=3: must be a list like [a,b] of numbers",
-    "tracking.progress=5": "tracking.progress=5: must be true or false",
+    "tracking.progress=maybe": "tracking.progress=maybe: must be true or false",
     "nosuch=1": "nosuch=1: unknown key (--help lists them)",
     "sed=1": "sed=1: unknown key; did you mean 'seed'? (--help lists them)",
     "optimizer.lrr=1": "optimizer.lrr=1: unknown key; did you mean 'optimizer.lr'? (--help lists them)",
@@ -110,7 +110,9 @@ def test_an_experiment_without_a_grid_at_this_scale_says_so(capsys: pytest.Captu
 
 def test_a_selection_before_its_experiment_says_what_to_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([OFF, "experiment=compare"]) == 1
-    assert "selects from tune, which has no record at scale=laptop: run that experiment first" in capsys.readouterr().err
+    assert (
+        "selects from tune, which has no record at scale=laptop: run that experiment first" in capsys.readouterr().err
+    )
 
 
 def test_a_trial_prints_its_summary_and_the_line_that_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +147,13 @@ def test_nothing_is_written_outside_results() -> None:
 def test_help_lists_groups_and_keys_with_what_each_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for words in ("heavy_ball", "gradient descent with momentum", "Both arms at their best", "* laptop", "no W&B at all"):
+    for words in (
+        "heavy_ball",
+        "gradient descent with momentum",
+        "Both arms at their best",
+        "* laptop",
+        "no W&B at all",
+    ):
         assert words in out
     for key, info in schema_keys(cli.schema).items():
         assert dataclasses.is_dataclass(info.hint) or f"  {key} " in out
@@ -207,15 +215,25 @@ def test_a_config_that_is_not_checked_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("hint", "words"),
-    [(int, "an integer"), (float | None, "a number or null"), (bool, "true or false"), (dict[str, int], "a mapping")]
-    + [(list[float], "a list like [a,b] of numbers"), (Inner, "a group of keys: size, ratio"), (int | str, "or a text")],
+    [
+        (int, "an integer"),
+        (float | None, "a number or null"),
+        (bool, "true or false"),
+        (dict[str, int], "a mapping"),
+        (list[float], "a list like [a,b] of numbers"),
+        (Inner, "a group of keys: size, ratio"),
+        (int | str, "or a text"),
+    ],
 )
 def test_types_in_words(hint: object, words: str) -> None:
     assert words in type_words(hint)
 
 
 def test_nearest_names() -> None:
-    assert did_you_mean("optimizer.weightdecay", ["optimizer.weight_decay", "seed"]) == "; did you mean 'optimizer.weight_decay'?"
+    assert (
+        did_you_mean("optimizer.weightdecay", ["optimizer.weight_decay", "seed"])
+        == "; did you mean 'optimizer.weight_decay'?"
+    )
     assert did_you_mean("lr", ["optimizer.lr", "seed"]) == "; did you mean 'optimizer.lr'?"
     assert did_you_mean("zzz", ["seed"]) == ""
 

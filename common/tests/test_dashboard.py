@@ -8,6 +8,8 @@ import pytest
 from common import dashboard
 from common.dashboard import Panel, Section
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
+
 
 @pytest.fixture
 def paper(monkeypatch):

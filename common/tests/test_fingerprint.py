@@ -82,7 +82,9 @@ def test_editing_anything_else_keeps_the_fingerprint(package: Path) -> None:
     before = ask(package)
     other = dict.fromkeys(["report.py", "claims.py", "typing_only.py", "lazy/slow.py", "tasks/other.py"], "x = 5\n")
     other["__init__.py"] = FILES["__init__.py"] + "from demo.claims import x\n"
-    other["method.py"] = FILES["method.py"].replace("Doc.", "Better doc.").replace("# why", "# because").replace("  lr", "  lr ")
+    other["method.py"] = (
+        FILES["method.py"].replace("Doc.", "Better doc.").replace("# why", "# because").replace("  lr", "  lr ")
+    )
     for name, text in other.items():
         (package / "demo" / name).write_text(text)
     assert ask(package) == before

@@ -270,13 +270,10 @@ def test_vgg_is_convolutions_pooling_and_two_dense_layers() -> None:
 def test_mlp_is_linear_norm_relu(norm: str) -> None:
     ours = build(ModelConfig(name="mlp", in_channels=7, channels=6, depth=2, norm=norm), [0]).double()
     new_norm = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "none": nn.Identity}[norm]
-    layers = [
-        (nn.Linear(7, 6, bias=norm == "none"), nn.Linear(6, 6, bias=norm == "none")), (new_norm(6), new_norm(6))
-    ]  # fmt: skip
-    order = [layers[0][0], layers[1][0], nn.ReLU(), layers[0][1], layers[1][1], nn.ReLU()]
-    plain = nn.Sequential(*order, nn.Linear(6, 10)).double()
-    copies = nn.ModuleList([*layers[0], *layers[1], plain[-1]])
-    assert_same_function(ours, plain, randn(5, 7), copies)
+    first, second = nn.Linear(7, 6, bias=norm == "none"), nn.Linear(6, 6, bias=norm == "none")
+    norms = [new_norm(6), new_norm(6)]
+    plain = nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU(), nn.Linear(6, 10)).double()
+    assert_same_function(ours, plain, randn(5, 7), nn.ModuleList([first, second, *norms, plain[-1]]))
 
 
 def assert_same_function(ours: nn.Module, plain: nn.Module, x: Tensor, order: nn.Module | None = None) -> None:

@@ -81,7 +81,9 @@ def test_a_record_reads_back_what_was_returned_and_logged(entry: types.ModuleTyp
 def test_a_recorded_trial_is_not_trained_again(entry: types.ModuleType, tmp_path: Path) -> None:
     store = TrialStore(tmp_path)
     first, second = (store.run("k", config(), "stand_in") for _ in range(2))
-    assert CALLS == [0] and first is not None and second is not None and first.rows[0]["score"] == second.rows[0]["score"]
+    assert (
+        CALLS == [0] and first is not None and second is not None and first.rows[0]["score"] == second.rows[0]["score"]
+    )
 
 
 @pytest.mark.parametrize("name", [*HASHED, "provenance.json"])
@@ -173,7 +175,9 @@ def test_a_vector_metric_must_have_one_value_a_seed(tmp_path: Path) -> None:
         Trial(tmp_path, [0, 1]).log({"loss": [1, 2, 3]}, 0)
 
 
-def test_nothing_personal_is_in_a_record(entry: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_personal_is_in_a_record(
+    entry: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-0123")
     record = TrialStore(tmp_path).run("k", config(), "stand_in")
     assert record is not None

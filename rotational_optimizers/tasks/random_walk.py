@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rotational_optimizers.adamw import RotationalAdamW
 from rotational_optimizers.equilibrium import equilibrium_norm, equilibrium_rotation, norm_trajectory
+from rotational_optimizers.lion import RotationalLion
 from rotational_optimizers.relatives import Lion
+from rotational_optimizers.sgd import RotationalSGD
 
 if TYPE_CHECKING:
     from common.trials import Trial
@@ -138,11 +141,8 @@ def _optimizer(c: OptimizerConfig, weight: torch.nn.Parameter) -> tuple[torch.op
 
 
 def _rotational(c: OptimizerConfig, weight: torch.nn.Parameter) -> torch.optim.Optimizer:
-    from rotational_optimizers.adamw import RotationalAdamW
-    from rotational_optimizers.lion import RotationalLion
-    from rotational_optimizers.sgd import RotationalSGD
-
-    turn = {"update_norm_decay": c.update_norm_decay, "zero_mean": c.zero_mean, "weight_decay": c.weight_decay}
+    turn: dict[str, Any] = {"update_norm_decay": c.update_norm_decay, "zero_mean": c.zero_mean}
+    turn["weight_decay"] = c.weight_decay
     betas = (c.beta1, c.beta2)
     if c.name == "rv_sgdm":
         return RotationalSGD([weight], c.lr, c.momentum, nesterov=c.nesterov, decoupled=c.decoupled, **turn)

@@ -1,7 +1,6 @@
 """The walk obeys the paper's model, and real optimizers on it obey the equilibrium formulas."""
 
 import math
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from rotational_optimizers.config import RandomWalkConfig
 from rotational_optimizers.tasks.random_walk import NOISE_STEPS, _Walk, run
 
 TRIAL = SimpleNamespace(progress=lambda done, total: None)
-needs_variants = pytest.mark.skipif(find_spec("rotational_optimizers.sgd") is None, reason="no rotational variants yet")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +80,6 @@ def test_norm_relaxes_exponentially_if_the_second_moment_is_quick():
     assert slow["max_deviation"] > 0.2
 
 
-@needs_variants
 @pytest.mark.parametrize("arm", ["rv_sgdm", "rv_adamw", "rv_lion"])
 def test_rotational_variants_turn_at_the_equilibrium_angle_with_a_norm_that_never_moves(arm):
     values = ARMS[{"rv_sgdm": "sgdm", "rv_adamw": "adamw", "rv_lion": "lion"}[arm]]

@@ -384,12 +384,37 @@ RANGES += [("update_floor", "floor", -1.0), ("nero", "beta", 1.0)]
 @pytest.mark.parametrize(("name", "key", "value"), RANGES)
 def test_values_out_of_range_are_named_in_constructor_and_groups(name, key, value):
     p = nn.Parameter(start((3, 4)))
-    with pytest.raises(ValueError, match=rf"^{key}=.*must be"):
+    allowed = r"in \[0, 1\]$" if key == "decay_ratio" else r"(in \[0, 1\)|>= 0 and finite)$"
+    with pytest.raises(ValueError, match=rf"^{key}=.*must be {allowed}"):
         OPTIMIZERS[name]([p], **{key: value})
     optimizer = OPTIMIZERS[name]([p])
     with pytest.raises(ValueError, match=rf"^{key}=.*must be"):
         optimizer.add_param_group({"params": [nn.Parameter(start((2, 2)))], key: value})
     assert len(optimizer.param_groups) == 1
+
+
+def test_lamb_leaves_a_zero_tensor_by_ratio_one():
+    grads = gradients((3, 4), 1)
+    p = nn.Parameter(torch.zeros(3, 4, dtype=F64))
+    p.grad = grads[0].clone()
+    LAMB([p], **ADAM).step()
+    torch.testing.assert_close(p.detach(), -0.03 * next(adam_directions(grads)), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("kind", "defaults"),
+    [
+        (Lion, {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}),
+        (Hyperball, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "per_neuron": False}),
+        (UpdateFloor, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "floor": 1.0}),
+        (AdamP, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "delta": 0.1, "decay_ratio": 0.1}),
+        (LAMB, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}),
+        (Nero, {"lr": 1e-2, "beta": 0.999}),
+    ],
+)
+def test_default_values_stay_the_published_ones(kind, defaults):
+    found = kind([nn.Parameter(start((2, 2)))]).defaults
+    assert {key: found[key] for key in defaults} == defaults
 
 
 def test_projected_weight_decay_ratio_may_be_one():

@@ -129,13 +129,21 @@ def test_only_every_kth_step_is_tracked_and_only_the_last_complete_block_is_read
     assert first(angles_seen({"every": 5})) == pytest.approx(rms(1, 6, 11), rel=1e-9)
     assert first(angles_seen({"window": 5})) == pytest.approx(rms(6, 7, 8, 9, 10), rel=1e-9)
     assert first(angles_seen({"window": 3, "every": 2})) == pytest.approx(rms(7, 9, 11), rel=1e-9)
+    assert first(angles_seen({"window": 1})) == pytest.approx(rms(12), rel=1e-9)
     assert first(angles_seen({"window": 100})) == pytest.approx(rms(*range(1, 13)), rel=1e-9)
+    assert first(angles_seen({"window": {"only": (2, 4)}})) == pytest.approx(rms(3, 4), rel=1e-9)
+    with pytest.raises(ValueError, match="window='running': must be one of None"):
+        angles_seen({}).rows("running")
     named = angles_seen({"window": {"start": (0, 2), "tail": (6, 12), "never": (50, 60)}})
     assert first(named, window="start") == pytest.approx(rms(1, 2), rel=1e-9)
     assert first(named, window="tail") == pytest.approx(rms(7, 8, 9, 10, 11, 12), rel=1e-9)
     assert math.isnan(first(named, window="never"))
     with pytest.raises(ValueError, match="window=None: must be one of start, tail, never"):
         named.rows()
+    with pytest.raises(ValueError, match="window='tial': must be one of start, tail"):
+        angles_seen({"window": {"start": (0, 2), "tail": (6, 12)}}).rows("tial")
+    with pytest.raises(ValueError, match="window=None: must be one of start, tail"):
+        angles_seen({"window": {"start": (0, 2), "tail": (6, 12)}}).rows()
 
 
 def test_no_copy_of_the_weights_outlives_a_step():
