@@ -6,13 +6,8 @@ and says everything a user needs in a few lines.
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 import shlex
-import signal
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,56 +15,18 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 
 from common import errors, ranks
 from common.compose import conf_dir, target
-from common.config import CommonConfig, to_config
+from common.config import CommonConfig
 from common.fingerprint import fingerprint
-from common.launch import TrialError, limit_threads, register_sweeper
+from common.launch import limit_threads, register_sweeper
 from common.manual import page
+from common.task import TaskFunction
 from common.tracking import Progress
 from common.trials import LABELS, TrialRecord, TrialStore, trial_key
 
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class TaskFunction:
-    """What Hydra calls for every job; found by the paper's name in whatever process a launcher starts."""
-
-    paper: str
-
-    def cli(self) -> TrialCLI:
-        """The paper's entry point."""
-        return importlib.import_module(f"{self.paper}.train").main
-
-    def __call__(self, config: DictConfig) -> str:
-        """Train one trial and return its key.
-
-        Raises:
-            TrialError: in a sweep, the explained failure.
-            SystemExit: on its own, with the failure printed.
-        """
-        job = HydraConfig.get()
-        in_sweep = not OmegaConf.is_missing(job.job, "num")
-        if in_worker():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its workers
-        cli = self.cli()
-        try:
-            return cli.trial(config, list(job.overrides.task), quiet=in_sweep)
-        except Exception as error:
-            if not in_sweep:
-                raise SystemExit(errors.report(error, cli.schema)) from None
-            trace = traceback.format_exc() if errors.wants_traceback() else ""
-            raise TrialError(errors.explain(error, cli.schema), trace) from None
-
-
-def in_worker() -> bool:
-    """Whether this is the main thread of a process that a parallel launcher started."""
-    process = multiprocessing.current_process().name
-    return process != "MainProcess" and threading.current_thread() is threading.main_thread()
 
 
 @dataclass(frozen=True)
@@ -115,9 +72,8 @@ class TrialCLI:
             sys.argv = before
         return 0
 
-    def trial(self, composed: DictConfig, overrides: list[str], quiet: bool) -> str:
-        """Train the trial of a composed config, or find its record; return its key."""
-        config = to_config(composed, self.schema)
+    def trial(self, config: CommonConfig, overrides: list[str], quiet: bool) -> str:
+        """Train a trial, or find its record; return its key."""
         entry = self.entry(config)
         key = trial_key(config, fingerprint(entry))
         store = TrialStore(Path(config.results_dir) / self.paper)

@@ -44,7 +44,9 @@ def explain(error: BaseException, schema: type | None = None) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return f"not enough memory ({_first(str(error)) or type(error).__name__}); what was recorded is kept"
     if type(error).__name__ in ("TerminatedWorkerError", "BrokenProcessPool"):
-        return "a worker was killed, perhaps for want of memory; what was recorded is kept: run the same line again"
+        codes = re.search(r"exit codes of the workers are \{(.*?)\}", str(error))
+        how = f" ({codes.group(1)})" if codes else ""
+        return f"a worker died{how}, perhaps for want of memory; what was recorded is kept: run the same line again"
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error)
     if isinstance(error, ValueError | TypeError | OSError | UsageError | RuntimeError) and str(error):

@@ -26,7 +26,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from common.compose import hydra_for, merge, target
+from common.plancache import plans_path
+from common.planned import planned_launcher
 from common.sweeps import Job, Planner
+from common.task import TrialError
 from common.tracking import Progress
 from common.trials import TrialStore
 
@@ -38,19 +41,6 @@ THREAD_POOLS = (
     "VECLIB_MAXIMUM_THREADS",
 )
 POLL_S = 0.5
-
-
-class TrialError(RuntimeError):
-    """A trial failed in its own process; plain text, so that it crosses any launcher.
-
-    Args:
-        message: one line.
-        trace: the traceback, empty unless the user asked for it.
-    """
-
-    def __init__(self, message: str, trace: str = "") -> None:
-        super().__init__(message, trace)
-        self.message, self.trace = message, trace
 
 
 class SweepError(RuntimeError):
@@ -75,7 +65,8 @@ class GridSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
         self.config, self.cli = config, task_function.cli()  # type: ignore[attr-defined]
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+        self.store = TrialStore(Path(config.results_dir) / self.cli.paper)
+        self.launcher = planned_launcher(config, hydra_context, self.cli.paper, plans_path(self.store.root))
 
     def sweep(self, arguments: list[str]) -> Any:
         """Train the missing trials of the sweep.
@@ -85,8 +76,7 @@ class GridSweeper(Sweeper):
         """
         assert self.config is not None and self.launcher is not None  # set up by Hydra
         fixed, sweeps = split_sweeps(arguments)
-        store = TrialStore(Path(self.config.results_dir) / self.cli.paper)
-        experiment, jobs = self.config.experiment, []
+        store, experiment, jobs = self.store, self.config.experiment, []
         for swept in sweeps:
             planner = Planner(self.cli, store, self.config.scale, [*fixed, *swept])
             if experiment and planner.entries(experiment):
@@ -96,6 +86,7 @@ class GridSweeper(Sweeper):
                 raise ValueError(f"experiment={experiment}: has no grid at scale={planner.scale}; it has {known}")
             else:
                 jobs.append(planner.job(merge(fixed, swept)))
+                planner.cache.save()
         missing = untrained(jobs, store)
         recorded = len(jobs) - len(missing)
         print(f"{experiment or 'sweep'}: {len(jobs)} trials, {recorded} recorded already, training {len(missing)}")
@@ -150,7 +141,7 @@ def launch(
         overrides = [*hydra_overrides, f"results_dir={store.root.parent}", "hydra.mode=MULTIRUN"]
         config = hydra.compose("config", overrides, return_hydra_config=True)
         context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks(config))
-        launcher = Plugins.instance().instantiate_launcher(context, cli.task_function, config)
+        launcher = planned_launcher(config, context, cli.paper, plans_path(store.root))
         run_jobs(launcher, jobs, store, config.hydra.sweeper.get("max_batch_size"), shown)
 
 

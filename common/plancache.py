@@ -17,7 +17,7 @@ from typing import Any
 from common.compose import SHARED, conf_dir
 from common.fingerprint import sources
 
-PLANNING = ("config.py", "compose.py", "sweeps.py", "plancache.py")
+PLANNING = ("config.py", "compose.py", "sweeps.py", "plancache.py", "planned.py")
 
 
 @functools.cache
@@ -29,6 +29,11 @@ def inputs(paper: str) -> str:
     for path in sorted(files):
         digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def plans_path(root: Path) -> Path:
+    """Where the plan's cache lies under a paper's results."""
+    return root / "hydra" / "plans.json"
 
 
 class PlanCache:

@@ -18,9 +18,7 @@ overrides come on top. `hydra.sweeper.overrides` (how scale=smoke shrinks everyt
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +29,8 @@ from omegaconf import OmegaConf
 
 from common.compose import Composer, merge, parse, target
 from common.fingerprint import fingerprint
-from common.plancache import PlanCache
+from common.plancache import PlanCache, plans_path
+from common.planned import as_values, config_name
 from common.trials import LABELS, TrialStore, trial_key
 
 FALLBACKS = {"smoke": ("laptop", "gpu", "paper"), "gpu": ("laptop",)}
@@ -91,7 +90,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.composer = Composer(self.cli.paper, self.cli.schema)
-        self.cache = PlanCache(self.cli.paper, self.store.root / "hydra" / "plans.json" if self.store else None)
+        self.cache = PlanCache(self.cli.paper, plans_path(self.store.root) if self.store else None)
         self.overrides = [o for o in self.overrides if target(o) not in ("experiment", "scale")]
 
     def sweeper(self, experiment: str) -> dict[str, Any]:
@@ -151,11 +150,10 @@ class Planner:
 
     def job(self, overrides: list[str], selected: Selection | None = None) -> Job:
         """Check one list of overrides and find its key."""
-        name = f"config {overrides}"
+        name = config_name(overrides)
         if name not in self.cache.values:
             config = self.composer.config([o for o in overrides if not target(o).startswith("hydra")])
-            values = json.loads(json.dumps(dataclasses.asdict(config)))
-            self.cache.values[name] = {"values": values, "entry": self.cli.entry(config)}
+            self.cache.values[name] = {**as_values(config), "entry": self.cli.entry(config)}
         found = self.cache.values[name]
         return Job(
             overrides,

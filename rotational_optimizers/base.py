@@ -9,7 +9,6 @@ constant rows under zero mean) falls back to the base optimizer with a warning, 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class RowOptimizer(Optimizer):
             for index, param in enumerate(group["params"]):
                 if self._wanted(group, param, index) and not param.is_meta:
                     self._prepare(group, param, index)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
@@ -72,35 +71,32 @@ class RowOptimizer(Optimizer):
         """
         present = [dict(group) for group in self.param_groups]
         saved = dict(self._saved_states(state_dict))
-        for param, state in saved.items():
-            self._check_state(param, state)
+        for param, (group, state) in saved.items():
+            self._check_state(param, group, state)
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, present, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)
         # torch casts state to the parameter's dtype; rows and masters of low-precision weights are float32
-        for param, state in saved.items():
+        for param, (_, state) in saved.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and key != "step":
                     self.state[param][key] = value.to(param.device, copy=True)
 
-    def _saved_states(self, state_dict: Group) -> Iterator[tuple[Tensor, Group]]:
-        """(parameter, its saved state), where the groups match; torch refuses the rest."""
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(ids, params, strict=False):
-            if index in state_dict["state"]:
-                yield param, state_dict["state"][index]
+    def _saved_states(self, state_dict: Group) -> Iterator[tuple[Tensor, tuple[Group, Group]]]:
+        """(parameter, (its saved group, its saved state)), where the groups match; torch refuses the rest."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for param, number in zip(group["params"], saved["params"], strict=False):
+                if number in state_dict["state"]:
+                    yield param, ({**group, **saved}, state_dict["state"][number])
 
-    def _check_state(self, param: Tensor, state: Group) -> None:
-        group, index = self._place(param)
-        rows = (self._row_count(group, param),) if state.get("norm") is not None else None
+    def _check_state(self, param: Tensor, saved: Group, state: Group) -> None:
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.ndim == 0:
                 continue
-            expected = rows if key in ROW_STATE else tuple(param.shape)
+            expected = (self._row_count(saved, param),) if key in ROW_STATE else tuple(param.shape)
             if tuple(value.shape) != expected:
-                name = self._name(group, index)
+                name = self._name(*self._place(param))
                 raise ValueError(f"state_dict: {key} of {name} has shape {tuple(value.shape)}, must be {expected}")
 
     def _check(self, group: Group) -> None:

@@ -2,7 +2,7 @@
 
 In the paper every decayed tensor of two or more axes rotates, one neuron a slice of axis 0. Here modules decide: a
 transposed convolution and Hugging Face's Conv1D have their neurons on axis 1, learned positions held as bare parameters
-have none, and a row that cannot turn (one coordinate, or all zeros) is left to the base optimizer.
+have none, and a row that cannot turn (too few coordinates, or all zeros) is left to the base optimizer.
 """
 
 import warnings
@@ -72,8 +72,9 @@ def rotational_param_groups(
 
     Weights whose slices are neurons (see `neuron_axes`) rotate and carry `weight_decay`. Weights that `exclude`,
     `include_embeddings` or `include_head` take out keep it, but do not rotate. All else has weight decay 0: tensors of
-    one axis (biases, norm parameters, gains), fan-in 1, tensors that start at zero, and matrices in modules without a
-    known neuron axis, which a warning names. Frozen parameters (requires_grad=False) are in no group.
+    one axis (biases, norm parameters, gains), fan-in 1 or 2 (a centred row of two coordinates cannot turn), tensors
+    that start at zero, and matrices in modules without a known neuron axis, which a warning names. Frozen parameters
+    (requires_grad=False) are in no group.
 
     Args:
         model: any module; it is not changed.
@@ -146,10 +147,10 @@ def _axis_of(module: nn.Module) -> int | None:
     return _NEURON_DIM[name]
 
 
-def _can_turn(parameter: Tensor, axis: int) -> bool:
-    """More than one coordinate a neuron, and not all zeros (a zero vector has no direction)."""
+def _can_turn(parameter: Tensor, axis: int, least: int = 3) -> bool:
+    """At least `least` coordinates a neuron, and not all zeros (a zero vector has no direction)."""
     fan_in = parameter.numel() // max(1, parameter.shape[axis])
-    return fan_in > 1 and (parameter.is_meta or bool(parameter.detach().any()))
+    return fan_in >= least and (parameter.is_meta or bool(parameter.detach().any()))
 
 
 def _hits(pattern: str, name: str) -> bool:
@@ -167,7 +168,7 @@ def _forced(rotational: Mapping[str, int], aliases: list[_Named]) -> dict[int, i
     forced: dict[int, int] = {}
     for pattern, axis in rotational.items():
         for name, p in _matching("rotational", pattern, aliases):
-            if not 0 <= axis < p.ndim or p.ndim < 2 or not _can_turn(p, axis):
+            if not 0 <= axis < p.ndim or p.ndim < 2 or not _can_turn(p, axis, least=2):
                 shape = tuple(p.shape)
                 raise ValueError(
                     f"rotational[{pattern!r}]={axis}: {name} of shape {shape} cannot turn along it; must be an axis in "

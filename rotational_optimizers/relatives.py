@@ -10,8 +10,9 @@ The kin share the paper's theme, control of an update relative to its weight, an
 | `LAMB` | ‖Δ‖ = η‖w‖ | tensor | inside the update |
 | `Nero` | norm and mean of each row; step by the row's RMS gradient | row | none |
 
-Each is implemented from the equation in its docstring, not from its authors' code. Time O(parameters), three to eight
-reads of the weights a step.
+Each is implemented from the equation in its docstring, not from its authors' code; O(parameters) a step. Where a norm is
+that of a whole tensor, `n_models` = M says that the tensor holds M networks along its first axis, each a tensor of its
+own.
 """
 
 import math
@@ -33,6 +34,8 @@ class _Relative(Optimizer):
         for key in ("lr", "weight_decay", "eps", "delta", "floor"):
             if key in group and not 0 <= group[key] < math.inf:
                 self._refuse(key, group[key], ">= 0 and finite")
+        if group.get("n_models", 1) < 1:
+            self._refuse("n_models", group["n_models"], ">= 1")
         for key in ("betas", "beta", "decay_ratio"):
             values = group.get(key, ())
             for value in values if isinstance(values, tuple | list) else (values,):
@@ -93,6 +96,16 @@ class _Relative(Optimizer):
         state["step"] = state.get("step", 0) + 1
         return state["step"]
 
+    def _views(self, group: dict[str, Any], *tensors: Tensor) -> list[Tensor]:
+        """Tensors (K, …) as views (M, K/M, …) of the group's M networks."""
+        models = group.get("n_models", 1)
+        if models == 1:
+            return [x.unsqueeze(0) for x in tensors]
+        if tensors[0].shape[0] % models or group.get("neuron_dim", 0):
+            shape = tuple(tensors[0].shape)
+            raise ValueError(f"n_models={models}: must divide the first, neuron axis of a parameter of shape {shape}")
+        return [x.unflatten(0, (models, -1)) for x in tensors]
+
     @staticmethod
     def _rotates(group: dict[str, Any], p: Tensor) -> bool:
         """Whether p is a matrix of neurons: the group's `rotational` where given, else by its axes."""
@@ -148,6 +161,7 @@ class Hyperball(_Relative):
         eps: ≥ 0, in the direction's denominator.
         weight_decay: λ ≥ 0, decoupled; for the other parameters only.
         per_neuron: one norm a neuron instead of one a tensor.
+        n_models: networks stacked along the first axis, ≥ 1.
 
     Raises:
         ValueError: a value out of range.
@@ -163,9 +177,10 @@ class Hyperball(_Relative):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         per_neuron: bool = False,
+        n_models: int = 1,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "per_neuron": per_neuron}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "n_models": n_models})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr = group["lr"]
@@ -173,12 +188,13 @@ class Hyperball(_Relative):
             if not self._rotates(group, p):
                 p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr)
                 continue
-            dims = _axes(p, group) if group["per_neuron"] else _axes(p)
+            w, d = self._views(group, p, u)
+            dims = _axes(w, group if group["per_neuron"] else None)
             if "norm" not in self.state[p]:
-                self.state[p]["norm"] = _norm(p, dims)  # R
+                self.state[p]["norm"] = _norm(w, dims)  # R
             norm = self.state[p]["norm"]
-            p.addcmul_(u, norm * _inverse(_norm(u, dims)), value=-lr)
-            p.mul_(norm * _inverse(_norm(p, dims)))
+            w.addcmul_(d, norm * _inverse(_norm(d, dims)), value=-lr)
+            w.mul_(norm * _inverse(_norm(w, dims)))
 
 
 class UpdateFloor(_Relative):
@@ -218,8 +234,9 @@ class UpdateFloor(_Relative):
         lr = group["lr"]
         for p, u in zip(params, self._adam_direction(group, params, grads), strict=True):
             if self._rotates(group, p):
-                dims = _axes(p, group)
-                u.mul_((group["floor"] * _norm(p, dims) * _inverse(_norm(u, dims))).clamp_min_(1))
+                w, d = p.unsqueeze(0), u.unsqueeze(0)
+                dims = _axes(w, group)
+                d.mul_((group["floor"] * _norm(w, dims) * _inverse(_norm(d, dims))).clamp_min_(1))
             p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr)
 
 
@@ -238,6 +255,7 @@ class AdamP(_Relative):
         weight_decay: λ ≥ 0, decoupled.
         delta: δ ≥ 0, threshold on the cosine.
         decay_ratio: ρ in [0, 1], share of the weight decay left where the update is projected.
+        n_models: networks stacked along the first axis, ≥ 1.
 
     Raises:
         ValueError: a value out of range.
@@ -254,23 +272,29 @@ class AdamP(_Relative):
         weight_decay: float = 0.0,
         delta: float = 0.1,
         decay_ratio: float = 0.1,
+        n_models: int = 1,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "delta": delta, "decay_ratio": decay_ratio})
+        super().__init__(params, {**defaults, "delta": delta, "decay_ratio": decay_ratio, "n_models": n_models})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr = group["lr"]
+        lr, decay = group["lr"], group["weight_decay"]
         directions = self._adam_direction(group, params, grads)
         for p, g, u in zip(params, grads, directions, strict=True):
-            decay = group["weight_decay"]
-            for dims in (_axes(p, group), _axes(p)) if self._rotates(group, p) else ():
-                unit = p * _inverse(_norm(p, dims))
+            if not self._rotates(group, p):
+                p.mul_(1 - lr * decay).add_(u, alpha=-lr)
+                continue
+            w, g, u = self._views(group, p, g, u)
+            free, step = w.new_ones((len(w), *[1] * (w.ndim - 1)), dtype=torch.bool), u  # (M, 1, …), (M, K/M, …)
+            for dims in (_axes(w, group), _axes(w)):
+                unit = w * _inverse(_norm(w, dims))
                 cosine = (unit * g).sum(dims, keepdim=True) * _inverse(_norm(g, dims))
-                if cosine.abs().max() < group["delta"] / math.sqrt(p.numel() / cosine.numel()):
-                    u.sub_(unit * (unit * u).sum(dims, keepdim=True))
-                    decay = decay * group["decay_ratio"]
-                    break
-            p.mul_(1 - lr * decay).add_(u, alpha=-lr)
+                bound = group["delta"] / math.sqrt(w.numel() / cosine.numel())
+                orthogonal = free & (cosine.abs().amax(_axes(w), keepdim=True) < bound)
+                step = torch.where(orthogonal, u - unit * (unit * u).sum(dims, keepdim=True), step)
+                free = free & ~orthogonal
+            share = torch.where(free, 1, group["decay_ratio"])
+            w.mul_(1 - lr * decay * share).add_(step, alpha=-lr)
 
 
 class LAMB(_Relative):
@@ -285,6 +309,7 @@ class LAMB(_Relative):
         betas: (β1, β2) in [0, 1).
         eps: ≥ 0.
         weight_decay: λ ≥ 0.
+        n_models: networks stacked along the first axis, ≥ 1.
 
     Raises:
         ValueError: a value out of range.
@@ -300,15 +325,18 @@ class LAMB(_Relative):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        n_models: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "n_models": n_models})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         update = self._adam_direction(group, params, grads)
         torch._foreach_add_(update, params, alpha=group["weight_decay"])
         for p, r in zip(params, update, strict=True):
             if self._rotates(group, p):
-                size, length = _norm(p, _axes(p)), _norm(r, _axes(p))
+                w, r = self._views(group, p, r)
+                size, length = _norm(w, _axes(w)), _norm(r, _axes(w))
                 r.mul_(torch.where((size > 0) & (length > 0), size * _inverse(length), 1))
         torch._foreach_add_(params, update, alpha=-group["lr"])
 
@@ -326,6 +354,7 @@ class Nero(_Relative):
         params: parameters or groups; keys `rotational` (None: more than one axis) and `neuron_dim` (0) a group.
         lr: η ≥ 0, relative to the norm.
         beta: β in [0, 1).
+        n_models: networks stacked along the first axis, ≥ 1; matters for σ only.
 
     Raises:
         ValueError: a value out of range.
@@ -334,33 +363,34 @@ class Nero(_Relative):
     same for a scale-invariant network); from memory.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, beta: float = 0.999) -> None:
-        super().__init__(params, {"lr": lr, "beta": beta})
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, beta: float = 0.999, n_models: int = 1) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "n_models": n_models})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         beta = group["beta"]
         for p, g in zip(params, grads, strict=True):
             state, rows = self.state[p], self._rotates(group, p)
-            dims = _axes(p, group) if rows else ()
+            w, g = self._views(group, p, g)
+            dims = _axes(w, group if rows else None)
             square = g.square().sum(dims, keepdim=True) if rows else g.square()
             if "scale" not in state:
                 if rows:
-                    p.sub_(p.mean(dims, keepdim=True))
-                rms = p.square().mean().sqrt()
-                state["scale"] = _norm(p, dims) if rows else torch.where(rms > 0, rms, 0.01)
+                    w.sub_(w.mean(dims, keepdim=True))
+                rms = w.square().mean(dims, keepdim=True).sqrt()
+                state["scale"] = _norm(w, dims) if rows else torch.where(rms > 0, rms, 0.01)
                 state["exp_avg_sq"] = torch.zeros_like(square)
             state["exp_avg_sq"].lerp_(square, 1 - beta)
             root = (state["exp_avg_sq"] / (1 - beta ** self._tick(p))).sqrt_()
-            p.addcmul_(g, state["scale"] * _inverse(root), value=-group["lr"])
+            w.addcmul_(g, state["scale"] * _inverse(root), value=-group["lr"])
             if rows:
-                p.sub_(p.mean(dims, keepdim=True))
-                p.mul_(state["scale"] * _inverse(_norm(p, dims)))
+                w.sub_(w.mean(dims, keepdim=True))
+                w.mul_(state["scale"] * _inverse(_norm(w, dims)))
 
 
-def _axes(p: Tensor, group: dict[str, Any] | None = None) -> tuple[int, ...]:
-    """Axes of one neuron (all but the group's neuron axis), or without a group all of them."""
-    neuron = -1 if group is None else group.get("neuron_dim", 0)
-    return tuple(axis for axis in range(p.ndim) if axis != neuron)
+def _axes(views: Tensor, group: dict[str, Any] | None = None) -> tuple[int, ...]:
+    """Axes of one neuron in (M, K, …), all but the first and the group's neuron axis; of a tensor, without a group."""
+    kept = (0,) if group is None else (0, 1 + group.get("neuron_dim", 0))
+    return tuple(axis for axis in range(views.ndim) if axis not in kept)
 
 
 def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:

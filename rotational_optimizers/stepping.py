@@ -57,6 +57,11 @@ class RotationalOptimizer(RowOptimizer, ABC):
     def _plain_step(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         """The base optimizer's step, bit for bit, its state included."""
 
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        if group["foreach"] and group["fused"]:
+            raise RuntimeError("foreach=True and fused=True: must not both be True")
+
     def _moments_of(self, group: Group) -> tuple[str, ...]:
         return self._moments
 
@@ -157,7 +162,12 @@ class RotationalOptimizer(RowOptimizer, ABC):
     def _turn_plainly(self, group: Group, turn: Turn, rotation: float | Tensor) -> None:
         weight, dtype = turn.weight, row_dtype(turn.weight)
         layout = {"neuron_dim": group["neuron_dim"], "per_neuron": group["per_neuron"]}
-        step = turn.step if torch.compiler.is_compiling() or group["capturable"] else int(turn.step)
+        step: int | Tensor = turn.step
+        if not (torch.compiler.is_compiling() or group["capturable"]):
+            step = int(turn.step)
+        elif weight.device.type != "mps":
+            # 1 − β2^t of the first steps cancels in float32
+            step = turn.step.double()
         grad = (-turn.grad if group["maximize"] else turn.grad).to(dtype)
         moments = tuple(moment.to(dtype) for moment in turn.moments)
         alive = torch.isfinite(grad).all(dim=row_dims(weight.ndim, **layout), keepdim=True)

@@ -58,8 +58,8 @@ class RotationTracker:
             a mapping name → (first step, end step): each range has sums of its own, and steps outside cost nothing.
         per: "neuron": a row is a neuron; "tensor": the whole tensor is one vector.
         center: measure rows without their mean (weight-standardised layers do not see it).
-        predict: param group → predicted rotation (rad per step); default: the group's own `rotation` where it has one
-            (rotational variants), else `equilibrium_rotation` of the optimizer, NaN where there is no formula.
+        predict: param group → predicted rotation (rad per step); default: what a rotational variant is set to, else
+            `equilibrium_rotation` of the optimizer, NaN where there is no formula.
 
     Rows of stacked models are rows like any others: split `rows()` by seed.
 
@@ -304,23 +304,19 @@ class _Predictor:
     """Param group → expected rotation of the optimizer that owns it; NaN where the theory has no number."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        inner = getattr(optimizer, "base", optimizer)
+        # rotational variants know their own, which may be a number, a function or the paper's form
+        self.own = getattr(optimizer, "_rotation", None)
         try:
-            self.rule = rule_of(inner)
+            self.rule = "" if self.own else rule_of(optimizer)
         except ValueError:
             self.rule = ""
 
     def __call__(self, group: dict[str, Any]) -> float:
-        rotation = group.get("rotation")
-        if callable(rotation):
-            return float(rotation(group))
-        if isinstance(rotation, int | float):
-            return float(rotation)
         keys = ("lr", "weight_decay", "betas", "momentum", "nesterov", "decoupled", "dampening")
         values = {key: group[key] for key in keys if key in group}
         if "decoupled_weight_decay" in group:
             values["decoupled"] = group["decoupled_weight_decay"]
         try:
-            return float(equilibrium_rotation(self.rule, **values))
+            return float(self.own(group) if self.own else equilibrium_rotation(self.rule, **values))
         except ValueError:
             return math.nan

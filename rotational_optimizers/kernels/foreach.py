@@ -46,7 +46,8 @@ def turn_rows_(
         d.sub_(d.mean(1, keepdim=True))
         x_mean = x.mean(1)
         xx -= x.shape[1] * x_mean.square()
-    d.addcmul_(x, (torch.mul(d, x, out=spare).sum(1) / xx).neg_()[:, None])
+    along = torch.mul(d, x, out=spare).sum(1) / xx
+    d.addcmul_(x, along.neg()[:, None])
     size = torch.linalg.vector_norm(d, dim=1)
     size = torch.where(size > NOISE * torch.finfo(d.dtype).eps * raw, size, 0) * abs(factor)
     finite = torch.isfinite(raw)
@@ -59,7 +60,8 @@ def turn_rows_(
     stays = ~finite | (turn == 0)
     stayed = x[stays] if bool(stays.any()) else None
     if zero_mean:
-        x.sub_(x_mean[:, None])
+        # the second term: d has lost `along` times an x that was not centred yet
+        x.sub_((x_mean * (1 + turn * factor * along))[:, None])
     keep = norm / (xx + (turn * size).square()).sqrt_()
     x.mul_(keep[:, None]).addcmul_(d, (turn * keep * -factor)[:, None])
     if stayed is not None:

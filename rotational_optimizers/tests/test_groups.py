@@ -38,14 +38,23 @@ class Conv1D(nn.Module):
     [
         (nn.Linear(4, 3), {"weight": ROWS, "bias": PLAIN}),
         (nn.Conv2d(4, 6, 3, groups=2), {"weight": ROWS, "bias": PLAIN}),
+        (nn.Conv1d(4, 6, 3), {"weight": ROWS, "bias": PLAIN}),
+        (nn.Conv3d(4, 6, 3), {"weight": ROWS, "bias": PLAIN}),
         (nn.ConvTranspose1d(4, 6, 3), {"weight": COLUMNS, "bias": PLAIN}),
+        (nn.ConvTranspose2d(4, 6, 3), {"weight": COLUMNS, "bias": PLAIN}),
+        (nn.ConvTranspose3d(4, 6, 3), {"weight": COLUMNS, "bias": PLAIN}),
+        (nn.Bilinear(3, 4, 5), {"weight": ROWS, "bias": PLAIN}),
         (Conv1D(6, 4), {"weight": COLUMNS, "bias": PLAIN}),
         (nn.Embedding(7, 4), {"weight": ROWS}),
+        (nn.EmbeddingBag(7, 4), {"weight": ROWS}),
+        (nn.LSTM(4, 3, bias=False), {"weight_ih_l0": ROWS, "weight_hh_l0": ROWS}),
         (nn.BatchNorm2d(4), {"weight": PLAIN, "bias": PLAIN}),
         (nn.GRUCell(4, 3), {"weight_ih": ROWS, "weight_hh": ROWS, "bias_ih": PLAIN, "bias_hh": PLAIN}),
         (GainLinear(4, 3), {"weight": ROWS, "bias": PLAIN, "gain": PLAIN}),
         (WSConv2d(4, 3, 3, gain=True), {"weight": ROWS, "bias": PLAIN, "gain": PLAIN}),
         (nn.Linear(1, 5), {"weight": PLAIN, "bias": PLAIN}),
+        (nn.Linear(2, 5), {"weight": PLAIN, "bias": PLAIN}),
+        (nn.Linear(3, 5), {"weight": ROWS, "bias": PLAIN}),
         (nn.Conv1d(3, 3, 1, groups=3), {"weight": PLAIN, "bias": PLAIN}),
         (
             nn.MultiheadAttention(4, 2),
@@ -147,6 +156,8 @@ def test_grouped_transposed_convolutions_have_no_neuron_axis():
 def test_forced_tensors_win_over_the_rules():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert kinds(model, exclude=["1"], rotational={"1.weight": 1})["1.weight"] == COLUMNS
+    assert kinds(model, exclude=["1"], rotational={"1.weight": 0})["1.weight"] == ROWS
+    assert kinds(nn.Linear(2, 5), rotational={"weight": 0})["weight"] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -155,6 +166,8 @@ def test_forced_tensors_win_over_the_rules():
         ({"exclude": ["haed"]}, "exclude='haed': matches no parameter"),
         ({"rotational": {"haed": 0}}, "rotational='haed': matches no parameter"),
         ({"rotational": {"weight": 2}}, r"rotational\['weight'\]=2: weight of shape \(3, 4\)"),
+        ({"rotational": {"weight": -1}}, r"rotational\['weight'\]=-1"),
+        ({"rotational": {"0": 0}}, "rotational='0': matches no parameter; allowed: a name such as 'weight'"),
         ({"rotational": {"bias": 0}}, r"bias of shape \(3,\) cannot turn"),
     ],
 )
@@ -195,3 +208,5 @@ def test_rows_of_a_transposed_layout_are_its_output_neurons():
     assert rows.shape == (6, 12)
     assert torch.equal(rows[2], layer.weight[:, 2].flatten())
     assert as_rows(layer.bias).shape == (6, 1)
+    matrix = torch.randn(3, 4)
+    assert torch.equal(as_rows(matrix), matrix) and torch.equal(as_rows(matrix, 1), matrix.T)

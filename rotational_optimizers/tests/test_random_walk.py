@@ -132,6 +132,13 @@ def test_a_seed_walks_the_same_alone_and_in_company_and_seeds_differ():
     assert together[1] == alone
     assert len({row["angle"] for row in together}) == 3
     assert [row["seed"] for row in together] == [3, 4, 5]
+    slow, fast = alone["scale_angles"]
+    assert alone["slope"] == pytest.approx(math.log(fast / slow) / math.log(3), rel=1e-9)
+
+
+def test_steps_below_rounding_are_no_rotation():
+    row = run(config({"neurons": 50, "steps": 70}, lr=1e-30), TRIAL)[0]
+    assert row["angle"] < 1e-7 and not row["diverged"]
 
 
 def test_decoupled_sgd_shrinks_apart_from_the_momentum():

@@ -233,6 +233,46 @@ def test_columns_as_neurons_are_rows_of_the_transpose(name):
     torch.testing.assert_close(p.detach().T, drive(OPTIMIZERS[name], (5, 7), grads), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(4, 6), (4,)], ids=["weight", "bias"])
+def test_networks_stacked_in_one_tensor_do_not_feel_each_other(name, shape):
+    if name in ("lion", "update_floor"):
+        pytest.skip("works on coordinates or rows only")
+    sizes = (1.0, 50.0)
+    grads = [[scale * g for g in gradients(shape, 4, scale)] for scale in sizes]
+    whole = nn.Parameter(torch.cat([scale * start(shape) for scale in sizes]))
+    optimizer = OPTIMIZERS[name]([whole], n_models=2)
+    for pair in zip(*grads, strict=True):
+        whole.grad = torch.cat(pair)
+        optimizer.step()
+    for i, scale in enumerate(sizes):
+        p = nn.Parameter(scale * start(shape))
+        alone = OPTIMIZERS[name]([p])
+        for g in grads[i]:
+            p.grad = g.clone()
+            alone.step()
+        torch.testing.assert_close(whole.detach().chunk(2)[i], p.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_adamp_decides_for_every_stacked_network_on_its_own():
+    w, g = start((5, 40)), gradients((5, 40), 1)[0]
+    grads = (orthogonal_rows(w, g), radial_gradient(w))
+    whole = nn.Parameter(torch.cat([w, w]))
+    whole.grad = torch.cat(grads)
+    OPTIMIZERS["adamp"]([whole], n_models=2).step()
+    alone = torch.cat([drive(OPTIMIZERS["adamp"], (5, 40), [grad]) for grad in grads])
+    torch.testing.assert_close(whole.detach(), alone, rtol=1e-12, atol=1e-14)
+
+
+def test_stacks_that_do_not_divide_are_named():
+    p = nn.Parameter(start((5, 4)))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"n_models=2: must divide .* shape \(5, 4\)"):
+        LAMB([p], n_models=2).step()
+    with pytest.raises(ValueError, match="n_models=0: must be >= 1"):
+        LAMB([p], n_models=0)
+
+
 def model_and_data():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3))

@@ -9,6 +9,7 @@ from torch import nn
 
 from rotational_optimizers.equilibrium import equilibrium_rotation
 from rotational_optimizers.groups import rotational_param_groups
+from rotational_optimizers.sgd import RotationalSGD
 from rotational_optimizers.tracker import RotationTracker
 
 F64 = torch.float64
@@ -235,15 +236,29 @@ def test_prediction_follows_the_schedule_and_survives_loading_a_state():
 
 
 @pytest.mark.parametrize(
-    ("group", "expected"),
-    [({"rotation": 0.02}, 0.02), ({"rotation": lambda g: g["lr"] / 5}, 0.2), ({}, math.nan)],
-    ids=["number", "function", "unknown optimizer"],
+    ("rotation", "expected"),
+    [
+        (0.02, 0.02),
+        (lambda group: group["lr"] / 5, 0.1),
+        ("equilibrium", equilibrium_rotation("nesterov", lr=0.5, weight_decay=0.01, momentum=0.9)),
+        ("paper", equilibrium_rotation("sgdm", lr=0.5, weight_decay=0.01, momentum=0.9)),
+    ],
+    ids=["number", "function", "equilibrium", "paper"],
 )
-def test_prediction_of_a_group_with_its_own_rotation(group, expected):
+def test_prediction_for_a_rotational_variant_is_what_it_is_set_to(rotation, expected):
     model = linear()
-    optimizer = Turn([{"params": [model.weight], **group}])
-    found = track(model, optimizer, 2).summary().at["weight", "predicted"]
-    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    optimizer = RotationalSGD([model.weight], 0.5, 0.9, weight_decay=0.01, nesterov=True, rotation=rotation)
+    model.weight.grad = torch.randn_like(model.weight)
+    line = track(model, optimizer, 1).summary().loc["weight"]
+    assert line["predicted"] == pytest.approx(expected, rel=1e-12)
+    # f = .9 has seen one step only: the angle is that of the prediction
+    assert line["angle"] == pytest.approx(math.atan(expected), rel=1e-9)
+
+
+def test_optimizers_without_a_formula_have_no_prediction():
+    model = linear()
+    line = track(model, Turn([model.weight], 0.1), 2).summary().loc["weight"]
+    assert math.isnan(line["predicted"]) and math.isnan(line["ratio"])
 
 
 def test_own_prediction_wins():

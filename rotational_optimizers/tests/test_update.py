@@ -90,6 +90,15 @@ def test_the_average_controls_the_rms_angle_over_a_window_and_not_each_angle():
     assert turned.max() > 5 * turned.min()
 
 
+def test_a_weight_pushed_off_its_mean_and_norm_comes_back_in_one_step():
+    weight = rows(10, 50)
+    norm, u = start(weight)
+    weight.mul_(1.1).add_(0.01)
+    rotational_update_(weight, rows(10, 50, 1), norm, u, 1, rotation=0.05)
+    torch.testing.assert_close(weight.norm(dim=1), norm, rtol=1e-14, atol=0)
+    assert (weight.mean(dim=1).abs() < 1e-15).all()
+
+
 def test_norms_and_means_stay_for_hundreds_of_steps():
     weight = rows(10, 50, dtype=torch.float32) + 0.5
     norm, u = start(weight)
@@ -245,13 +254,14 @@ def test_a_row_of_norm_zero_takes_the_plain_step():
     assert norm[1] == 0
     rotational_update_(weight, d, norm, u, 1, rotation=0.1, lr=0.5, weight_decay=0.1)
     torch.testing.assert_close(weight[1], -0.5 * d[1])
+    assert u[1] == 0
     before = weight[1].clone()
     rotational_update_(weight, d, norm, u, 2, rotation=0.1, lr=0.5, weight_decay=0.1)
     torch.testing.assert_close(weight[1], before * (1 - 0.5 * 0.1) - 0.5 * d[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mean", [0.0, 0.2, 1e3])
+@pytest.mark.parametrize("mean", [0.0, 0.2, 5.0])
 def test_centring_keeps_the_norm_and_is_done_once(dtype, mean):
     weight = (rows(6, 50) + mean).to(dtype)
     before = weight.double().norm(dim=1)
