@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
+import os
 import signal
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +61,7 @@ class TaskFunction:
         job = HydraConfig.get()
         in_sweep = not OmegaConf.is_missing(job.job, "num")
         if in_worker():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its workers
+            obey_parent()
         cli = self.cli()
         try:
             overrides = list(job.overrides.task)
@@ -68,6 +71,20 @@ class TaskFunction:
                 raise SystemExit(errors.report(error, cli.schema)) from None
             trace = traceback.format_exc() if errors.wants_traceback() else ""
             raise TrialError(errors.explain(error, cli.schema), trace) from None
+
+
+@functools.cache
+def obey_parent() -> None:
+    """Let the parent alone end this worker: ignore Ctrl-C, which reaches the whole group, and die with the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # nothing is lost but the trial in flight, and its checkpoints are kept
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_worker() -> bool:

@@ -27,6 +27,9 @@ class RotationalAdamW(RotationalOptimizer):
     `torch.optim.AdamW` bit for bit. State: `exp_avg`, `exp_avg_sq`, `step`, and for rotational tensors two values a
     row, `norm` (K,) and `update_norm_sq` (K,). Every argument but `params` is also a key of param groups.
 
+    A row without gradient (a token that is absent) turns on while its momentum lasts, as with AdamW; since the running
+    mean of update sizes fades more slowly (f > β1²), it comes to rest.
+
     Args:
         params: parameters, named parameters, or groups (`rotational_param_groups(model, weight_decay)`).
         lr: η ≥ 0, float or 0-dim tensor. Schedules act through η_r ∝ √η.

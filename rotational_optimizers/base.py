@@ -176,7 +176,10 @@ class RowOptimizer(Optimizer):
         """η_r of this step, from the group's present lr."""
         rotation = group["rotation"]
         if callable(rotation):
-            return rotation(group)
+            angle = rotation(group)
+            if not isinstance(angle, Tensor) and not 0 <= angle < math.inf:
+                raise ValueError(f"rotation(group)={angle}: must be finite and >= 0")
+            return angle
         if not isinstance(rotation, str):
             return rotation
         name, values = self._rule(group)

@@ -31,7 +31,7 @@ class ImbalanceConfig:
     """Rows turned at unequal speeds on purpose (appendix J.6)."""
 
     kind: str = "none"
-    """`none`; `double`: the first q of the rows turn s times slower; `triple`: q/2 slower, q/2 faster, the rest normal."""
+    """`none`; `double`: the first q of the rows turn s times slower; `triple`: q/2 slower, q/2 faster."""
     fraction: float = 0.5
     """q, the share of rows whose speed is changed."""
     factor: float = 1.0

@@ -1,6 +1,6 @@
 """The tests behind the claims: records -> one `Outcome` each. Every bound here was fixed before the judging run.
 
-Seeds from 10 on judge, seeds 5 and 6 tuned. Accuracies are fractions; a point is 0.01.
+Seeds from 10 on judge, seeds 5 and 6 tuned. Accuracies are in percent, their differences in points.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Test = Callable[["Records"], Outcome]
 HIDDEN = 4  # the four convolutions come before the head in every per-layer list
-POINT = 0.01
 
 
 def layers(frame: pd.DataFrame, arm: str, metric: str) -> NDArray[np.float64]:
@@ -42,12 +41,20 @@ def layers(frame: pd.DataFrame, arm: str, metric: str) -> NDArray[np.float64]:
     return np.array(rows[metric].tolist(), dtype=float)
 
 
-def arm_greater(experiment: str, a: str, b: str, metric: str = "test_accuracy") -> Test:
-    return lambda records: paired_greater(*paired(records[experiment], a, b, metric), unit="fraction")
+def _points(frame: pd.DataFrame, a: str, b: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Test accuracy of two arms in percent, (n seeds,) each, aligned on seed."""
+    first, second = paired(frame, a, b, "test_accuracy")
+    return 100 * first, 100 * second
+
+
+def arm_greater(experiment: str, a: str, b: str) -> Test:
+    """Arm `a` beats arm `b`."""
+    return lambda records: paired_greater(*_points(records[experiment], a, b), unit="points")
 
 
 def arm_noninferior(experiment: str, a: str, b: str, margin: float) -> Test:
-    return lambda records: noninferior(*paired(records[experiment], a, b, "test_accuracy"), margin, unit="fraction")
+    """Arm `a` is less than `margin` points worse than arm `b`."""
+    return lambda records: noninferior(*_points(records[experiment], a, b), margin, unit="points")
 
 
 def _walk(arm: str, angle: tuple[float, float], norm: tuple[float, float], form: str) -> Test:
@@ -68,11 +75,13 @@ EXACT = {"angle": (0.985, 1.015), "norm": (0.985, 1.015), "form": "_exact"}
 
 
 def walks(arms: tuple[str, ...], **bands: object) -> Test:
+    """Angle and norm of every named walk lie within the bands of `FIRST_ORDER` or `EXACT`."""
     tests = [_walk(arm, **bands) for arm in arms]  # type: ignore[arg-type]
     return lambda records: every([test(records) for test in tests], arms)
 
 
 def slope(arm: str, low: float, high: float) -> Test:
+    """The log-log slope of rotation over gradient size lies within (low, high)."""
     return lambda records: equivalence(values(records["gradient_scale"], arm, "slope"), low, high, unit="log-log slope")
 
 
@@ -105,6 +114,8 @@ def ratio_off(arm: str, head: bool) -> Test:
 
 
 def spread_ratio(a: str, b: str, factor: float) -> Test:
+    """The spread of rotation over neurons is `factor` times larger in arm `a` than in `b`."""
+
     def test(records: Records) -> Outcome:
         return ratio_greater(*paired(records["equilibrium"], a, b, "neuron_log_std"), factor)
 
@@ -122,19 +133,22 @@ def best(records: Records, experiment: str, arm: str, warmup: float) -> pd.DataF
 
 
 def warmup_gain(records: Records, experiment: str, arm: str, metric: str = "test_accuracy") -> NDArray[np.float64]:
-    """Accuracy with warm-up minus without, (n seeds,), each at its own best learning rate."""
+    """Accuracy with warm-up minus without in points, (n seeds,), each at its own best learning rate."""
     with_, without = (best(records, experiment, arm, w)[metric].to_numpy() for w in (0.1, 0.0))
-    return with_ - without
+    return 100 * (with_ - without)
 
 
 def base_gains(experiment: str, arm: str) -> Test:
-    return lambda records: mean_greater(warmup_gain(records, experiment, arm), 0.0, unit="fraction")
+    """Warm-up raises the accuracy of `arm`."""
+    return lambda records: mean_greater(warmup_gain(records, experiment, arm), 0.0, unit="points")
 
 
 def gains_more(experiment: str, base: str, rotational: str) -> Test:
+    """Warm-up helps `base` more than `rotational`."""
+
     def test(records: Records) -> Outcome:
-        gains = (warmup_gain(records, experiment, arm) for arm in (base, rotational))
-        return paired_greater(*gains, unit="fraction")
+        base_gain, gain = (warmup_gain(records, experiment, arm) for arm in (base, rotational))
+        return paired_greater(base_gain, gain, unit="points")
 
     return test
 
@@ -167,13 +181,14 @@ def _usable_range(records: Records, arm: str) -> NDArray[np.float64]:
     rows = frame[(frame["arm"] == arm) & (frame["schedule.warmup"] == 0.0)]
     table = rows.pivot(index="seed", columns="optimizer.lr", values="test_accuracy").sort_index()
     rates = np.log2(table.columns.to_numpy(float))
-    good = table.ge(table.max(axis=1) - 2 * POINT, axis=0).to_numpy()
+    good = table.ge(table.max(axis=1) - 0.02, axis=0).to_numpy()
     return np.array([rates[row].max() - rates[row].min() for row in good])
 
 
 def range_wider(records: Records) -> Outcome:
-    ranges = (_usable_range(records, arm) for arm in ("rv_sgdm", "sgdm"))
-    return paired_greater(*ranges, margin=2.0 - 1e-9, unit="octaves of learning rate")
+    """RV-SGDM keeps within two points of its best over a range of rates at least 4 x that of SGDM (2 octaves)."""
+    wide, narrow = (_usable_range(records, arm) for arm in ("rv_sgdm", "sgdm"))
+    return paired_greater(wide, narrow, margin=2.0 - 1e-9, unit="octaves of learning rate")
 
 
 def by_lr(records: Records, arm: str, metric: str = "test_accuracy") -> pd.DataFrame:
@@ -183,28 +198,32 @@ def by_lr(records: Records, arm: str, metric: str = "test_accuracy") -> pd.DataF
 
 
 def flatter(records: Records) -> Outcome:
+    """AdamW's spread over learning rates is more than 5 times RV-AdamW's."""
     spread = [table.max(axis=1) - table.min(axis=1) for table in (by_lr(records, a) for a in ("adamw", "rv_adamw"))]
     return ratio_greater(spread[0], spread[1], 5.0)
 
 
 def frozen_identical(records: Records) -> Outcome:
+    """Frozen runs end at the same loss at every learning rate, bit for bit."""
     table = by_lr(records, "frozen", "test_loss").to_numpy()
     return exact_identity(table, np.repeat(table[:, :1], table.shape[1], axis=1), unit="nats")
 
 
 def meets_frozen(records: Records) -> Outcome:
+    """At the lowest learning rate RV-AdamW is within half a point of its frozen twin."""
     rotational, frozen = (by_lr(records, arm).iloc[:, 0] for arm in ("rv_adamw", "frozen"))
-    return equivalence(rotational - frozen, -0.5 * POINT, 0.5 * POINT, unit="fraction")
+    return equivalence(100 * (rotational - frozen), -0.5, 0.5, unit="points")
 
 
 def same_optimum(records: Records) -> Outcome:
     """At the base's best learning rate the rotational variant is within a point of its own best."""
     base, rotational = (by_lr(records, arm) for arm in ("adamw", "rv_adamw"))
     at_base, at_own = rotational[base.mean().idxmax()], rotational[rotational.mean().idxmax()]
-    return noninferior(at_base, at_own, POINT, unit="fraction")
+    return noninferior(100 * at_base, 100 * at_own, 1, unit="points")
 
 
 def monotone_in_factor(records: Records) -> Outcome:
+    """Accuracy falls as the imbalance grows."""
     frame = records["imbalance"]
     arms = {"none": 1, "triple_s3": 3, "triple_s10": 10, "triple_s30": 30}
     rows = frame[frame["arm"].isin(arms)]
@@ -213,12 +232,15 @@ def monotone_in_factor(records: Records) -> Outcome:
 
 
 def starts_fast(records: Records) -> Outcome:
+    """AdamW's first steps turn more than 3 times faster than equilibrium, in convolutions 2 to 4."""
     start = layers(records["equilibrium"], "adamw_bn", "start_ratio")[:, 1:HIDDEN]
     tests = [mean_greater(layer, 3.0, unit="x equilibrium rotation") for layer in start.T]
     return every(tests, [f"convolution {i + 2}" for i in range(HIDDEN - 1)])
 
 
 def starts_in_equilibrium(arm: str) -> Test:
+    """The first steps of `arm` turn within 30 % of the equilibrium rotation, in every convolution."""
+
     def test(records: Records) -> Outcome:
         start = layers(records["equilibrium"], arm, "start_ratio")[:, :HIDDEN]
         tests = [equivalence(layer, 0.7, 1.3, unit="x equilibrium rotation") for layer in start.T]
@@ -228,6 +250,7 @@ def starts_in_equilibrium(arm: str) -> Test:
 
 
 def deviation_below(records: Records) -> Outcome:
+    """The walk from four times the equilibrium norm stays within 5 % of the exponential."""
     return mean_less(values(records["transient_walk"], "adamw", "max_deviation"), 0.05, unit="relative")
 
 
@@ -246,7 +269,8 @@ def swap_warmup(experiment: str) -> Callable[[Records], Records]:
 
 def spread_below(arm: str, bound: float) -> Test:
     """The spread of log rotation over an arm's hidden neurons is below `bound`."""
-    return lambda records: mean_less(values(records["equilibrium"], arm, "neuron_log_std"), bound, unit="std of log angle")
+    unit = "std of log angle"
+    return lambda records: mean_less(values(records["equilibrium"], arm, "neuron_log_std"), bound, unit=unit)
 
 
 def zero_shot(arm: str, base: str) -> Test:
@@ -254,18 +278,18 @@ def zero_shot(arm: str, base: str) -> Test:
 
     def test(records: Records) -> Outcome:
         rotational = values(records["zero_shot"], arm, "test_accuracy")
-        return noninferior(rotational, values(records["compare"], base, "test_accuracy"), 2 * POINT, unit="fraction")
+        return noninferior(100 * rotational, 100 * values(records["compare"], base, "test_accuracy"), 2, unit="points")
 
     return test
 
 
 def starved(records: Records) -> Outcome:
     """The base beats its rotational variant by more than five points when neither can equilibrate."""
-    arms = paired(records["zero_shot"], "adamw_starved", "rv_adamw_starved", "test_accuracy")
-    return paired_greater(*arms, margin=5 * POINT, unit="fraction")
+    arms = _points(records["zero_shot"], "adamw_starved", "rv_adamw_starved")
+    return paired_greater(*arms, margin=5, unit="points")
 
 
 def rv_like_ws(records: Records) -> Outcome:
     """The rotational variant and Weight Standardization differ by less than 1.5 points."""
-    rotational, standardized = paired(records["normalization"], "rv_ln", "ln_ws", "test_accuracy")
-    return equivalence(rotational - standardized, -1.5 * POINT, 1.5 * POINT, unit="fraction")
+    rotational, standardized = _points(records["normalization"], "rv_ln", "ln_ws")
+    return equivalence(rotational - standardized, -1.5, 1.5, unit="points")

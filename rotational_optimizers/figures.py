@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +46,8 @@ def random_walk(records: Records) -> Figure:
         ratios = [m / p for m, p in zip(measured, predicted, strict=True)]
         word = "rotation" if metric == "angle" else "norm"
         ratio_dots(ax, [_name(arm) for arm in arms], ratios, 1 - half, 1 + half, f"{word}: measured / predicted")
-        exact = [m.mean() / values(frame, a, f"{metric}_predicted_exact").mean() for m, a in zip(measured, arms, strict=True)]
+        best = [values(frame, arm, f"{metric}_predicted_exact") for arm in arms]
+        exact = [m.mean() / b.mean() for m, b in zip(measured, best, strict=True)]
         ax.plot(exact, range(len(arms)), linestyle="none", marker="x", color=INK, label="against the exact form")
     axes[1].legend(loc="lower right", fontsize=8)
     return figure

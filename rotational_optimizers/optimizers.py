@@ -73,14 +73,15 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, n_models: int = 1
     exclude = ("head",) if c.exclude_head else ()
     groups = rotational_param_groups(model, c.weight_decay, exclude=exclude)
     betas = (c.beta1, c.beta2)
-    adam = {"lr": c.lr, "betas": betas, "eps": c.eps}
-    turn = {"update_norm_decay": c.update_norm_decay, "per_neuron": c.per_neuron, "zero_mean": c.zero_mean}
+    adam: dict[str, Any] = {"lr": c.lr, "betas": betas, "eps": c.eps}
+    keys = ("update_norm_decay", "per_neuron", "zero_mean")
+    turn: dict[str, Any] = {key: getattr(c, key) for key in keys}
     if c.name in ("rv_sgdm", "rv_adamw", "rv_lion", "forced_adam_l2"):
         speed = imbalanced_speed(c.imbalance, n_models)
         for group in groups:
             group["neuron_speed"] = speed if group["rotational"] else None
         if c.name == "rv_sgdm":
-            sgd = {"momentum": c.momentum, "nesterov": c.nesterov, "decoupled": c.decoupled}
+            sgd: dict[str, Any] = {"momentum": c.momentum, "nesterov": c.nesterov, "decoupled": c.decoupled}
             return RotationalSGD(groups, c.lr, **sgd, **turn)
         if c.name == "rv_lion":
             return RotationalLion(groups, c.lr, betas=betas, **turn)
@@ -91,8 +92,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, n_models: int = 1
                 group["second_moment_l2"] = c.weight_decay
                 group["rotation"] = _forced_rotation(c)
         return RotationalAdamW(groups, **adam, **turn)
-    plain = [{k: g[k] for k in ("params", "weight_decay")} | {"_rows": g["rotational"]} for g in groups]
-    rows = [g.pop("_rows") for g in plain]
+    plain: list[dict[str, Any]] = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
     if c.name == "sgdm":
         return torch.optim.SGD(plain, c.lr, momentum=c.momentum, nesterov=c.nesterov, foreach=True)
     if c.name == "adamw":
@@ -101,11 +101,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, n_models: int = 1
         return torch.optim.Adam(plain, **adam, fused=True)
     if c.name == "lion":
         return Lion(plain, c.lr, betas=betas)
-    for group, is_weight in zip(plain, rows, strict=True):
-        group["rotational"] = is_weight
+    for group, described in zip(plain, groups, strict=True):
+        group["rotational"] = described["rotational"]
     if c.name == "nero":
         return Nero(plain, c.lr, beta=c.beta2)
-    kin = {"hyperball": Hyperball, "update_floor": UpdateFloor, "adamp": AdamP, "lamb": LAMB}
+    kin: dict[str, Any] = {"hyperball": Hyperball, "update_floor": UpdateFloor, "adamp": AdamP, "lamb": LAMB}
     return kin[c.name](plain, **adam)
 
 

@@ -10,9 +10,9 @@ The kin share the paper's theme, control of an update relative to its weight, an
 | `LAMB` | ‖Δ‖ = η‖w‖ | tensor | inside the update |
 | `Nero` | norm and mean of each row; step by the row's RMS gradient | row | none |
 
-Each is implemented from the equation in its docstring, not from its authors' code; O(parameters) a step. Where a norm is
-that of a whole tensor, `n_models` = M says that the tensor holds M networks along its first axis, each a tensor of its
-own.
+Each is implemented from the equation in its docstring, not from its authors' code; O(parameters) a step. Where a norm
+is that of a whole tensor, `n_models` = M says that the tensor holds M networks along its first axis, each a tensor of
+its own.
 """
 
 import math
@@ -129,12 +129,9 @@ class Lion(_Relative):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        self, params: Iterable[Any], lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
@@ -170,15 +167,9 @@ class Hyperball(_Relative):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        per_neuron: bool = False,
-        n_models: int = 1,
-    ) -> None:
+        self, params: Iterable[Any], lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, per_neuron: bool = False, n_models: int = 1,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "per_neuron": per_neuron}
         super().__init__(params, {**defaults, "n_models": n_models})
 
@@ -218,17 +209,11 @@ class UpdateFloor(_Relative):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        floor: float = 1.0,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "floor": floor}
-        )
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, floor: float = 1.0,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "floor": floor})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr = group["lr"]
@@ -264,16 +249,9 @@ class AdamP(_Relative):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        delta: float = 0.1,
-        decay_ratio: float = 0.1,
-        n_models: int = 1,
-    ) -> None:
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, delta: float = 0.1, decay_ratio: float = 0.1, n_models: int = 1,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "delta": delta, "decay_ratio": decay_ratio, "n_models": n_models})
 
@@ -293,7 +271,7 @@ class AdamP(_Relative):
                 orthogonal = free & (cosine.abs().amax(_axes(w), keepdim=True) < bound)
                 step = torch.where(orthogonal, u - unit * (unit * u).sum(dims, keepdim=True), step)
                 free = free & ~orthogonal
-            share = torch.where(free, 1, group["decay_ratio"])
+            share = torch.where(free, w.new_ones(()), group["decay_ratio"])
             w.mul_(1 - lr * decay * share).add_(step, alpha=-lr)
 
 
@@ -319,14 +297,9 @@ class LAMB(_Relative):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        n_models: int = 1,
-    ) -> None:
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+        weight_decay: float = 0.0, n_models: int = 1,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "n_models": n_models})
 

@@ -88,8 +88,9 @@ class RotationalOptimizer(RowOptimizer, ABC):
                 loss = closure()
         batch = native.Batch()
         masters: list[Pair] = []
-        for group in self.param_groups:
-            plain, turns = self._gather(group, masters)
+        # all that can be refused is refused before anything changes
+        work = [(group, *self._gather(group, masters)) for group in self.param_groups]
+        for group, plain, turns in work:
             if plain:
                 self._plain_step(group, [param for param, _ in plain], [grad for _, grad in plain])
             if turns:
@@ -118,7 +119,7 @@ class RotationalOptimizer(RowOptimizer, ABC):
                 masters.append((param, weight))
             moments = tuple(state[name] for name in self._moments_of(group))
             rows = (state["norm"], state["update_norm_sq"], self._speed(group, param, index))
-            turns.append(Turn(weight, grad, moments, state["step"].add_(1), *rows))
+            turns.append(Turn(weight, grad, moments, state["step"], *rows))
         return plain, turns
 
     def _start(self, group: Group, param: Tensor, index: int) -> Group:
@@ -140,6 +141,8 @@ class RotationalOptimizer(RowOptimizer, ABC):
 
     def _turn(self, group: Group, turns: list[Turn], rotation: float | Tensor, batch: native.Batch) -> None:
         """Turn these now, or queue them for the native kernel."""
+        for turn in turns:
+            turn.step.add_(1)
         if torch.compiler.is_compiling() or group["capturable"] or (group["foreach"] is False and not group["fused"]):
             for turn in turns:
                 self._turn_plainly(group, turn, rotation)

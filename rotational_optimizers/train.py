@@ -1,4 +1,4 @@
-"""One trial: `python -m rotational_optimizers.train optimizer.lr=3e-3 seed=1`, or a sweep with `experiment=compare -m`."""
+"""One trial: `python -m rotational_optimizers.train optimizer.lr=3e-3 seed=1`; a sweep: `experiment=compare -m`."""
 
 from common.cli import trial_cli
 from rotational_optimizers.config import TrialConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -39,6 +40,16 @@ def trial_folder(folder: Path, part: str) -> Path:
     return found
 
 
+def is_free(lock: Path) -> bool:
+    """Whether no process holds a trial's lock."""
+    with open(lock) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def test_a_trial_killed_in_the_middle_resumes_and_ends_the_same(tmp_path: Path) -> None:
     process = start([*TRAIN, *SLOW], tmp_path)
     wait_until(lambda: list((tmp_path / PAPER).glob("scratch/*/state.npz")))
@@ -70,6 +81,16 @@ def test_a_sweep_killed_in_the_middle_goes_on_to_the_same_report(tmp_path: Path)
     assert again.returncode == 0 and f"{11 - len(kept)} trained now" in again.stdout, again.stderr
     assert stamps == {key: (tmp_path / PAPER / "trials" / key).stat().st_mtime_ns for key in kept}
     assert verdicts(tmp_path)[0]["verdict"] == "reproduced"
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    process = start([*TRAIN, OFF, "-m", "pause=0.2", "steps=200,201"], tmp_path)
+    wait_until(lambda: len(list((tmp_path / PAPER).glob("scratch/*/state.npz"))) == min(2, os.cpu_count() or 1))
+    process.kill()
+    locks = [path for path in (tmp_path / PAPER / "locks").iterdir()]
+    assert locks
+    wait_until(lambda: all(is_free(path) for path in locks), seconds=20)
+    process.communicate(timeout=20)  # ends when the last worker has closed its pipes
 
 
 def test_two_at_once_share_the_work(tmp_path: Path) -> None:

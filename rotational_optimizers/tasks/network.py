@@ -36,16 +36,16 @@ def losses(logits: Tensor, target: Tensor) -> Tensor:
 def evaluate(model: nn.Module, source: Source, split: str) -> dict[str, list[float]]:
     """Mean loss (nats) and accuracy of every network over a whole split."""
     model.eval()
-    loss_sum, correct, count = 0.0, 0.0, 0
+    loss_sum = correct = torch.zeros((), dtype=torch.float64)
+    count = 0
     for x, y in source.eval_batches(split):
         logits = model(x)
         size = y[0].numel()
-        loss_sum = loss_sum + losses(logits, y).double() * size
-        correct = correct + (logits.argmax(-1) == y).flatten(1).double().sum(1)
+        loss_sum = loss_sum + losses(logits, y).double().cpu() * size
+        correct = correct + (logits.argmax(-1) == y).flatten(1).double().sum(1).cpu()
         count += size
     model.train()
-    loss, accuracy = torch.as_tensor(loss_sum) / count, torch.as_tensor(correct) / count
-    return {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
+    return {"loss": (loss_sum / count).tolist(), "accuracy": (correct / count).tolist()}
 
 
 def _freeze_non_rotational(optimizer: torch.optim.Optimizer) -> None:
@@ -55,7 +55,9 @@ def _freeze_non_rotational(optimizer: torch.optim.Optimizer) -> None:
                 parameter.requires_grad_(False)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, run: Run, step: int, parts: int) -> Tensor:
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, run: Run, step: int, parts: int
+) -> Tensor:
     """One optimizer step in `parts` micro-batches; returns every network's loss, (S,)."""
     total = torch.zeros((), device=run.device)
     for x, y in source.train_batches(step, parts):

@@ -18,6 +18,7 @@ from rotational_optimizers.layers import (
     convert_weight_standardization,
 )
 
+torch.set_num_threads(1)
 F64 = torch.float64
 ROUNDING = 1e-12
 

@@ -185,6 +185,15 @@ def test_speeds_of_the_wrong_number_of_rows_are_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize("angle", [-0.1, float("nan")])
+def test_a_function_that_gives_an_impossible_rotation_is_refused(angle):
+    param = weight()
+    optimizer = RotationalSGD([param], 0.1, weight_decay=0.1, rotation=lambda group: angle)
+    param.grad = torch.ones(4, 6).cumsum(1)
+    with pytest.raises(ValueError, match=r"rotation\(group\)=.*: must be finite and >= 0"):
+        optimizer.step()
+
+
 def test_no_parameters_at_all():
     with pytest.raises(ValueError, match="empty parameter list"):
         RotationalAdamW([])

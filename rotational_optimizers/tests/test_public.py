@@ -25,7 +25,8 @@ def _curve(name: str) -> list[float]:
     """Losses of 20 steps of a small network, exact floats."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 12), torch.randint(4, (64,))
-    model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.LayerNorm(16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    hidden = [torch.nn.Linear(12, 16), torch.nn.LayerNorm(16), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*hidden, torch.nn.Linear(16, 4))
     groups = rotational_optimizers.rotational_param_groups(model, weight_decay=0.1)
     optimizer = getattr(rotational_optimizers, name)(groups, **OPTIMIZERS[name], foreach=False)
     losses = []

@@ -9,15 +9,8 @@ import torch
 from rotational_optimizers.config import RandomWalkConfig
 from rotational_optimizers.tasks.random_walk import NOISE_STEPS, _Walk, run
 
+torch.set_num_threads(1)
 TRIAL = SimpleNamespace(progress=lambda done, total: None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def optimizer(**values):

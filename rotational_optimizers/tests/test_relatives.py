@@ -10,6 +10,7 @@ from torch import nn
 
 from rotational_optimizers.relatives import LAMB, AdamP, Hyperball, Lion, Nero, UpdateFloor
 
+torch.set_num_threads(1)
 F64 = torch.float64
 ADAM = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6}
 OPTIMIZERS = {

@@ -12,6 +12,7 @@ from rotational_optimizers.groups import rotational_param_groups
 from rotational_optimizers.sgd import RotationalSGD
 from rotational_optimizers.tracker import RotationTracker
 
+torch.set_num_threads(1)
 F64 = torch.float64
 
 
