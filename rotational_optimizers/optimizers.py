@@ -102,7 +102,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, n_models: int = 1
     if c.name == "lion":
         return Lion(plain, c.lr, betas=betas)
     for group, described in zip(plain, groups, strict=True):
-        group["rotational"] = described["rotational"]
+        group |= {"rotational": described["rotational"], "n_models": n_models}
     if c.name == "nero":
         return Nero(plain, c.lr, beta=c.beta2)
     kin: dict[str, Any] = {"hyperball": Hyperball, "update_floor": UpdateFloor, "adamp": AdamP, "lamb": LAMB}

@@ -13,6 +13,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* normally built for the very processor; without -march=native one copy a processor family, chosen when loaded */
 #if defined(__x86_64__) && !defined(__AVX2__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -23,8 +24,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { ADAMW, SGD, GRADIENT, LION };            /* GRADIENT: SGD without momentum */
-enum { SHORT_ROW = 64, LONG_ROW = 16384 };      /* lengths from and beyond which a row has the cached layout */
-enum { BLOCK = 2048, LANES = 16, TASK = 16384 }; /* floats summed in float, short rows side by side, floats a task */
+enum { SHORT_ROW = 128, LONG_ROW = 16384 };                  /* rows from and up to this length are cached one by one */
+enum { BLOCK = 2048, LANES = 16, TASK = 16384 }; /* floats summed in float, short rows at a time, a vector, a task */
 enum { WORDS = 11, NUMBERS = 12 };
 
 /* |d'| below this fraction of |d| is the rounding noise of a radial or constant direction: no update */
@@ -42,6 +43,9 @@ typedef struct {
     double lr, weight_decay;            /* of the base step, which rows of norm zero take */
     float sign, c[5];                   /* -1 to maximise; constants of `direction` */
 } Tensor;
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 typedef struct { double d, x, dx, xx, dd; } Sums; /* over a row: d, x, d x, x^2, d^2 */
 /* d' = d - along x - offset; |x~|^2, |d'|^2, <x~,d'> (zero but for rounding); does the closed form cancel? */
@@ -118,8 +122,9 @@ INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, floa
     return bad == 0;
 }
 
-/* The same with `store`, and the sums added to s in the same pass. */
-INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, const float *next, Sums *s) {
+/* The same, and in the same pass the sums, added to s. */
+INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, const float *next,
+                             Sums *s) {
     const float *x = t->weight + at, *g = t->grad + at;
     float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
     float sum_d = 0, sum_x = 0, sum_dx = 0, sum_xx = 0, sum_dd = 0, bad = 0;
@@ -127,8 +132,8 @@ INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t coun
     for (int64_t j = 0; j < count; j++) {
         float m_new = 0, v_new = 0, x_j = x[j];
         float d_j = direction(kind, t->c, t->sign * g[j], x_j, first[j], second[j], &m_new, &v_new);
-        if (kind != GRADIENT) first[j] = m_new;
-        if (kind == ADAMW) second[j] = v_new;
+        if (store && kind != GRADIENT) first[j] = m_new;
+        if (store && kind == ADAMW) second[j] = v_new;
         d[j] = d_j;
         sum_d += d_j, sum_x += x_j, sum_dx += d_j * x_j, sum_xx += x_j * x_j, sum_dd += d_j * d_j;
         bad += 0 * next[j];
@@ -183,7 +188,7 @@ INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
         finite = 1;
         for (int64_t j = 0; j < n; j += BLOCK) {
             const int64_t count = smaller(n - j, BLOCK);
-            finite &= skip ? all_finite(next + j, count) : summed_directions(kind, t, r * n + j, count, d + j, next + j, &s);
+            finite &= skip ? all_finite(next + j, count) : summed_directions(kind, t, r * n + j, count, d + j, 1, next + j, &s);
         }
         if (skip) continue;
         Parts p = project((double)n, (double)t->zero_mean, t->norm[r], s);
@@ -195,47 +200,57 @@ INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
     }
 }
 
-/* Sums in double, so that the closed form of |d'|^2 holds over millions of coordinates. */
-INLINE Sums exact_sums(const float *d, const float *x, int64_t count) {
-    double sum_d = 0, sum_x = 0, sum_dx = 0, sum_xx = 0, sum_dd = 0;
-#pragma omp simd reduction(+ : sum_d, sum_x, sum_dx, sum_xx, sum_dd)
-    for (int64_t j = 0; j < count; j++) {
-        const double d_j = d[j], x_j = x[j];
-        sum_d += d_j, sum_x += x_j, sum_dx += d_j * x_j, sum_xx += x_j * x_j, sum_dd += d_j * d_j;
-    }
-    return (Sums){sum_d, sum_x, sum_dx, sum_xx, sum_dd};
+/* Neighbours added: lane l of the result is lanes 2l and 2l + 1 of a, then of b. */
+INLINE Lanes add_pairs(Lanes a, Lanes b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* Up to LANES rows of few coordinates, each in its own lane of a vector: copied side by side to be summed, and the
- * row's factors copied along its coordinates to be applied. */
+/* Lane r of the result: the sum over the lanes of sums[r]. */
+INLINE Lanes add_lanes(Lanes *sums) {
+    for (int rows = LANES; rows > 1; rows /= 2)
+        for (int r = 0; r < rows / 2; r++) sums[r] = add_pairs(sums[2 * r], sums[2 * r + 1]);
+    return sums[0];
+}
+
+/* The sums of up to LANES short rows, each in its lane of out; d and x are read up to LANES - 1 floats past their end. */
+INLINE void short_sums(const float *d, const float *x, int64_t n, int64_t rows, float out[5][LANES]) {
+    Lanes sums[5][LANES] = {0};
+    Mask inside;
+    for (int l = 0; l < LANES; l++) inside[l] = l < n % LANES ? -1 : 0;
+    for (int64_t r = 0; r < rows; r++) {
+        Lanes sum_d = {0}, sum_x = {0}, sum_dx = {0}, sum_xx = {0}, sum_dd = {0};
+        for (int64_t j = 0; j < n; j += LANES) {
+            Lanes d_j = *(const Lanes *)(d + r * n + j), x_j = *(const Lanes *)(x + r * n + j);
+            if (j + LANES > n) d_j = (Lanes)((Mask)d_j & inside), x_j = (Lanes)((Mask)x_j & inside);
+            sum_d += d_j, sum_x += x_j, sum_dx += d_j * x_j, sum_xx += x_j * x_j, sum_dd += d_j * d_j;
+        }
+        sums[0][r] = sum_d, sums[1][r] = sum_x, sums[2][r] = sum_dx, sums[3][r] = sum_xx, sums[4][r] = sum_dd;
+    }
+    for (int i = 0; i < 5; i++) *(Lanes *)out[i] = add_lanes(sums[i]);
+}
+
+/* Up to LANES short rows (then tells whether as many gradients from `next` on are finite): what comes once a coordinate
+ * is done over their coordinates in one go, what comes once a row in vectors across the rows. */
 INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int finite, const float *next) {
     const int64_t n = t->columns;
-    float *x = t->weight + r0 * n, *norm = t->norm + r0, *update_sq = t->update_sq + r0;
-    float d[LANES * SHORT_ROW], d_of[SHORT_ROW * LANES], x_of[SHORT_ROW * LANES];
-    float factor[LANES * SHORT_ROW + LANES], push[LANES * SHORT_ROW + LANES], rest[LANES * SHORT_ROW + LANES];
-    float sum_d[LANES] = {0}, sum_x[LANES] = {0}, sum_dx[LANES] = {0}, sum_xx[LANES] = {0}, sum_dd[LANES] = {0};
+    float *weight = t->weight + r0 * n, *norm = t->norm + r0, *update_sq = t->update_sq + r0;
+    float d[LANES * SHORT_ROW + LANES], x[LANES * SHORT_ROW + LANES];
+    float sums[5][LANES]; /* as the members of Sums */
+    double speed[LANES];
     double mean[LANES], along[LANES], offset[LANES], xx[LANES], sq[LANES], cross[LANES], cancels[LANES];
-    double speed[LANES], keep[LANES], turned[LANES], moves[LANES], simple = 1;
+    double keep[LANES], push[LANES], moves[LANES];
     if (!finite) {
         for (int64_t r = r0; r < r0 + rows; r++) cached_rows(kind, t, r, r + 1);
         return all_finite(next, rows * n);
     }
     finite = directions(kind, t, r0 * n, rows * n, d, 1, next);
-    for (int64_t r = 0; r < LANES; r++) {
-        const int64_t from = smaller(r, rows - 1) * n; /* spare lanes repeat the last row */
-        for (int64_t j = 0; j < n; j++) d_of[j * LANES + r] = d[from + j], x_of[j * LANES + r] = x[from + j];
-        speed[r] = speed_of(t, r0 + smaller(r, rows - 1));
-    }
-    for (int64_t j = 0; j < n; j++) {
-#pragma omp simd
-        for (int64_t r = 0; r < LANES; r++) {
-            const float d_r = d_of[j * LANES + r], x_r = x_of[j * LANES + r];
-            sum_d[r] += d_r, sum_x[r] += x_r, sum_dx[r] += d_r * x_r, sum_xx[r] += x_r * x_r, sum_dd[r] += d_r * d_r;
-        }
-    }
+    memcpy(x, weight, (size_t)(rows * n) * sizeof *x);
+    short_sums(d, x, n, rows, sums);
+    for (int64_t r = 0; r < rows; r++) speed[r] = speed_of(t, r0 + r);
 #pragma omp simd
     for (int64_t r = 0; r < rows; r++) {
-        const Sums s = {sum_d[r], sum_x[r], sum_dx[r], sum_xx[r], sum_dd[r]};
+        const Sums s = {sums[0][r], sums[1][r], sums[2][r], sums[3][r], sums[4][r]};
         const Parts p = project((double)n, (double)t->zero_mean, norm[r], s);
         mean[r] = p.mean, along[r] = p.along, offset[r] = p.offset, xx[r] = p.xx, sq[r] = p.sq, cross[r] = p.cross;
         cancels[r] = p.cancels;
@@ -246,25 +261,16 @@ INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int f
         add_rest(d + r * n, x + r * n, n, &p);
         sq[r] = p.sq, cross[r] = p.cross;
     }
-#pragma omp simd reduction(* : simple)
-    for (int64_t r = 0; r < rows; r++) {
-        const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
-        const Move m = turn(t, p, sum_dd[r], norm[r], speed[r], update_sq + r);
-        keep[r] = m.keep, turned[r] = m.push, moves[r] = m.moves;
-        simple *= m.moves * (1 - p.cancels);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
-        const Move m = {keep[r], turned[r], moves[r]};
-        const float a = factor_of(p, m), b = (float)m.push, c = rest_of(p, m);
-        if (simple == 0) write(x + r * n, d + r * n, n, p, m);
-        /* whole vectors: what runs over the row's end belongs to the next row, which comes next */
-        for (int64_t j = r * n; simple != 0 && j < (r + 1) * n; j += LANES)
-            for (int64_t l = 0; l < LANES; l++) factor[j + l] = a, push[j + l] = b, rest[j + l] = c;
-    }
-    if (simple == 0) return finite;
 #pragma omp simd
-    for (int64_t j = 0; j < rows * n; j++) x[j] = factor[j] * x[j] - push[j] * d[j] + rest[j];
+    for (int64_t r = 0; r < rows; r++) {
+        const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
+        const Move m = turn(t, p, sums[4][r], norm[r], speed[r], update_sq + r);
+        keep[r] = m.keep, push[r] = m.push, moves[r] = m.moves;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
+        write(weight + r * n, d + r * n, n, p, (Move){keep[r], push[r], moves[r]});
+    }
     return finite;
 }
 
@@ -298,16 +304,19 @@ typedef struct { Sums sums; Parts parts; int finite; } Block; /* what a block of
 /* One block of a long row: its sums; with `p` its rest; with `m` too its new weights and moments. */
 INLINE void block_of_kind(int kind, const Tensor *t, int64_t at, int64_t count, Block *b, const Parts *p, const Move *m) {
     float d[BLOCK], *x = t->weight + at;
-    const int finite = directions(kind, t, at, count, d, m != NULL, t->grad + at);
+    const float *g = t->grad + at;
+    if (!p) {
+        b->sums = (Sums){0};
+        b->finite = summed_directions(kind, t, at, count, d, 0, g, &b->sums);
+        return;
+    }
+    directions(kind, t, at, count, d, m != NULL, g);
     if (m) {
         write(x, d, count, *p, *m);
-    } else if (p) {
+    } else {
         b->parts = *p;
         b->parts.sq = b->parts.cross = 0;
         add_rest(d, x, count, &b->parts);
-    } else {
-        b->sums = exact_sums(d, x, count);
-        b->finite = finite;
     }
 }
 
