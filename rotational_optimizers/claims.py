@@ -109,7 +109,7 @@ CLAIMS = [
         },
         control=roll("equilibrium", "angle"),
         figure=figures.equilibrium_ratio,
-        caption=f"Measured over predicted RMS rotation per layer, last 40 % of 1600 steps at constant rate. {SEEDS}",
+        caption=f"Measured over predicted RMS rotation per layer, last 40 % of 1200 steps at constant rate. {SEEDS}",
     ),
     Claim(
         id="C4",

@@ -147,12 +147,18 @@ class RotationalOptimizer(RowOptimizer, ABC):
             for turn in turns:
                 self._turn_plainly(group, turn, rotation)
             return
-        allow_native = group["fused"] or (group["fused"] is None and not group["foreach"])
+        in_rows = group["neuron_dim"] == 0 or not group["per_neuron"]
+        allow_native = in_rows and (group["fused"] or (group["fused"] is None and not group["foreach"]))
+        rules: dict[int, native.Rule] = {}
         scratch: dict[Any, tuple[Tensor, Tensor]] = {}
         for turn in turns:
-            in_rows = group["neuron_dim"] == 0 or not group["per_neuron"]
-            if allow_native and in_rows and native.fits(turn.weight, turn.norm, *turn.moments) and native.library():
-                self._queue(group, turn, float(rotation), batch)
+            if allow_native and native.fits(turn.weight, turn.moments) and native.library():
+                step = int(turn.step)
+                if step not in rules:
+                    rules[step] = self._native_rule(group, step, float(rotation))
+                batch.add(
+                    turn.weight, turn.grad, turn.moments, turn.norm, turn.update_norm_sq, turn.speed, rules[step]
+                )
             elif in_rows and self._fits_passes(turn):
                 kind = (turn.weight.dtype, turn.weight.device)
                 if kind not in scratch:
@@ -201,14 +207,11 @@ class RotationalOptimizer(RowOptimizer, ABC):
             zero_mean=group["zero_mean"], speed=turn.speed, spare=spare,
         )  # fmt: skip
 
-    def _queue(self, group: Group, turn: Turn, rotation: float, batch: native.Batch) -> None:
-        step = int(turn.step)
+    def _native_rule(self, group: Group, step: int, rotation: float) -> native.Rule:
         kind, scale, constants = self._native_constants(group, step)
-        batch.add(
-            turn.weight, turn.grad, turn.moments, turn.norm, turn.update_norm_sq, turn.speed, kind=kind, scale=scale,
-            zero_mean=group["zero_mean"], rotation=rotation, decay=group["update_norm_decay"],
-            correction=1 - group["update_norm_decay"] ** step, lr=float(group["lr"]),
-            weight_decay=group["weight_decay"], maximize=group["maximize"], constants=constants,
+        return native.Rule(
+            kind, group["zero_mean"], rotation, group["update_norm_decay"], 1 - group["update_norm_decay"] ** step, scale,
+            float(group["lr"]), group["weight_decay"], -1.0 if group["maximize"] else 1.0, constants,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import ctypes
 import functools
 from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,24 @@ def library() -> ctypes.CDLL | None:
     return load(Path(__file__).with_name("rows.c"), {"rotational_step": arguments})
 
 
-def fits(*tensors: Tensor) -> bool:
+def fits(weight: Tensor, moments: tuple[Tensor, ...]) -> bool:
     """Can the kernel work on these in place: float32 on the CPU, contiguous?"""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    return weight.is_cpu and all(t.dtype is torch.float32 and t.is_contiguous() for t in (weight, *moments))
+
+
+class Rule(NamedTuple):
+    """What all tensors of a group that are at the same step share; ordered as in `rows.c`."""
+
+    kind: int
+    zero_mean: bool
+    rotation: float  # radians
+    decay: float  # f
+    correction: float  # 1 − f^t
+    scale: float  # the base optimizer's direction over the kernel's
+    lr: float
+    weight_decay: float
+    sign: float  # −1 to maximise
+    constants: tuple[float, ...]
 
 
 class Batch:
@@ -35,28 +51,29 @@ class Batch:
     def __init__(self) -> None:
         self._words = array("q")
         self._numbers = array("d")
-        self._alive: list[Tensor | None] = []
+        self._alive: list[Tensor] = []
         self._count = 0
 
     def add(
         self, weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], norm: Tensor, update_norm_sq: Tensor,
-        speed: Tensor | None, *, kind: int, zero_mean: bool, rotation: float, decay: float, correction: float,
-        scale: float, lr: float, weight_decay: float, maximize: bool, constants: tuple[float, ...],
+        speed: Tensor | None, rule: Rule,
     ) -> None:  # fmt: skip
-        """Queue one tensor; all arguments as in `rows.c`, weights as (K, n) in memory with K = norm.numel()."""
-        grad = grad.to(torch.float32).contiguous()
-        speed = None if speed is None else speed.to(torch.float32).contiguous()
-        first, second = (*(m.data_ptr() for m in moments), 0, 0)[:2]
+        """Queue one tensor, (K, n) in memory with K = norm.numel(); float32 but for `grad` and `speed`."""
+        if grad.dtype is not torch.float32 or not grad.is_contiguous():
+            grad = self._keep(grad.to(torch.float32).contiguous())
+        speeds = 0 if speed is None else self._keep(speed.to(torch.float32).contiguous()).data_ptr()
+        first, second, *_ = (*[moment.data_ptr() for moment in moments], 0, 0)
         rows = norm.numel()
-        self._words.extend((
-            weight.data_ptr(), grad.data_ptr(), first, second, norm.data_ptr(), update_norm_sq.data_ptr(),
-            0 if speed is None else speed.data_ptr(), rows, weight.numel() // rows, kind, zero_mean,
-        ))  # fmt: skip
-        self._numbers.extend((rotation, decay, correction, scale, lr, weight_decay, -1.0 if maximize else 1.0))
-        self._numbers.extend((*constants, *[0.0] * (CONSTANTS - len(constants))))
-        # the table holds bare addresses: copies made here must outlive the call
-        self._alive += [grad, speed]
+        addresses = (weight.data_ptr(), grad.data_ptr(), first, second, norm.data_ptr(), update_norm_sq.data_ptr())
+        self._words.extend((*addresses, speeds, rows, weight.numel() // rows, rule.kind, rule.zero_mean))
+        padding = (0.0,) * (CONSTANTS - len(rule.constants))
+        self._numbers.extend((*rule[2:-1], *rule.constants, *padding))
         self._count += 1
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """The tables hold bare addresses: what is made here must live until the call."""
+        self._alive.append(tensor)
+        return tensor
 
     def run(self) -> None:
         """Step everything queued.

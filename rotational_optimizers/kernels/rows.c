@@ -29,7 +29,7 @@ enum { BLOCK = 2048, LANES = 16, TASK = 16384 }; /* floats summed in float, shor
 enum { WORDS = 11, NUMBERS = 12 };
 
 /* |d'| below this fraction of |d| is the rounding noise of a radial or constant direction: no update */
-static const double NOISE = 16 * 1.1920929e-07;
+static const float NOISE = 16 * 1.1920929e-07f;
 
 typedef struct {
     float *weight;
@@ -38,10 +38,10 @@ typedef struct {
     float *norm, *update_sq;
     const float *speed; /* factor on each row's turn, or NULL */
     int64_t rows, columns, kind, zero_mean;
-    double rotation, decay, correction; /* radians, f, 1 - f^t */
-    double scale;                       /* the base direction is scale * d (Adam's bias corrections) */
-    double lr, weight_decay;            /* of the base step, which rows of norm zero take */
-    float sign, c[5];                   /* -1 to maximise; constants of `direction` */
+    float rotation, decay, fresh, correction; /* radians, f, 1 - f (f may round to 1), 1/(1 - f^t) */
+    float scale;                              /* the base direction is scale * d (Adam's bias corrections) */
+    float lr, weight_decay;                   /* of the base step, which rows of norm zero take */
+    float sign, c[5];                         /* -1 to maximise; constants of `direction` */
 } Tensor;
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -49,8 +49,8 @@ typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 typedef struct { double d, x, dx, xx, dd; } Sums; /* over a row: d, x, d x, x^2, d^2 */
 /* d' = d - along x - offset; |x~|^2, |d'|^2, <x~,d'> (zero but for rounding); does the closed form cancel? */
-typedef struct { double mean, along, offset, xx, sq, cross, cancels; } Parts;
-typedef struct { double keep, push, moves; } Move; /* x <- keep (x - mean) - push (d - along x - offset), if it moves */
+typedef struct { float mean, along, offset, xx, sq, cross, cancels; } Parts;
+typedef struct { float keep, push, moves; } Move; /* x <- keep (x - mean) - push (d - along x - offset), if it moves */
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -75,24 +75,27 @@ INLINE float direction(int kind, const float *c, float g, float x, float m, floa
 }
 
 /* Row of length n: what of d is mean and radial. A row of norm zero takes the plain step: nothing is taken away. */
-INLINE Parts project(double n, double zero_mean, double norm, Sums s) {
-    double centre = norm == 0 ? 0 : zero_mean, mean = centre * s.x / n, mean_d = centre * s.d / n;
-    double xx = s.xx - n * mean * mean, dx = s.dx - n * mean * mean_d;
-    double along = (xx > 0) & (norm != 0) ? dx / xx : 0, sq = s.dd - n * mean_d * mean_d - along * dx;
-    return (Parts){mean, along, mean_d - along * mean, xx, sq, 0, sq < 0.25 * s.dd};
+INLINE Parts project(float n, float zero_mean, float norm, float d, float x, float dx, float xx, float dd) {
+    const float centre = norm == 0 ? 0 : zero_mean / n, mean = centre * x, mean_d = centre * d;
+    xx -= n * mean * mean, dx -= n * mean * mean_d;
+    const float along = (xx > 0) & (norm != 0) ? dx / xx : 0, sq = dd - n * mean_d * mean_d - along * dx;
+    return (Parts){mean, along, mean_d - along * mean, xx, sq, 0, sq < 0.25f * dd};
+}
+
+INLINE Parts project_row(const Tensor *t, int64_t r, Sums s) {
+    return project(t->columns, t->zero_mean, t->norm[r], s.d, s.x, s.dx, s.xx, s.dd);
 }
 
 /* The row's move; updates its running mean of |d'|^2. */
-INLINE Move turn(const Tensor *t, Parts p, double dd, double norm, double speed, float *update_sq) {
-    double scale = t->scale, sq = (p.sq > NOISE * NOISE * dd ? p.sq : 0) * scale * scale;
-    double finite = dd * 0 + sq * 0 == 0 ? 1 : 0;
-    double old = *update_sq, u = t->decay * old + (1 - t->decay) * sq;
-    double size = sqrt(u / t->correction);
-    double k = size > 0 ? t->rotation * speed * norm / size : 0; /* length of the step per unit of d' */
-    double keep = norm / sqrt(p.xx - 2 * k * scale * p.cross + k * k * sq);
-    double moves = k * p.xx != 0 ? finite : 0, plain = 1 - t->lr * t->weight_decay;
-    u = norm != 0 ? u : old;
-    *update_sq = (float)(finite != 0 ? u : old);
+INLINE Move turn(const Tensor *t, Parts p, float dd, float norm, float speed, float *update_sq) {
+    const float scale = t->scale, sq = (p.sq > NOISE * NOISE * dd ? p.sq : 0) * scale * scale;
+    const float finite = dd * 0 + sq * 0 == 0 ? 1 : 0, old = *update_sq;
+    const float u = norm != 0 ? t->decay * old + t->fresh * sq : old;
+    const float size = sqrtf(u * t->correction);
+    const float k = size > 0 ? t->rotation * speed * norm / size : 0; /* length of the step per unit of d' */
+    const float keep = norm / sqrtf(p.xx - 2 * k * scale * p.cross + k * k * sq);
+    const float moves = k * p.xx != 0 ? finite : 0, plain = 1 - t->lr * t->weight_decay;
+    *update_sq = finite != 0 ? u : old;
     return (Move){norm != 0 ? keep : plain, norm != 0 ? keep * k * scale : t->lr * scale, norm != 0 ? moves : finite};
 }
 
@@ -110,11 +113,12 @@ INLINE int all_finite(const float *g, int64_t count) {
 INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, const float *next) {
     const float *x = t->weight + at, *g = t->grad + at;
     float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
+    const float c[5] = {t->c[0], t->c[1], t->c[2], t->c[3], t->c[4]}, sign = t->sign;
     float bad = 0;
 #pragma omp simd reduction(+ : bad)
     for (int64_t j = 0; j < count; j++) {
         float m_new = 0, v_new = 0;
-        d[j] = direction(kind, t->c, t->sign * g[j], x[j], first[j], second[j], &m_new, &v_new);
+        d[j] = direction(kind, c, sign * g[j], x[j], first[j], second[j], &m_new, &v_new);
         if (store && kind != GRADIENT) first[j] = m_new;
         if (store && kind == ADAMW) second[j] = v_new;
         bad += 0 * next[j];
@@ -127,11 +131,12 @@ INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t coun
                              Sums *s) {
     const float *x = t->weight + at, *g = t->grad + at;
     float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
+    const float c[5] = {t->c[0], t->c[1], t->c[2], t->c[3], t->c[4]}, sign = t->sign;
     float sum_d = 0, sum_x = 0, sum_dx = 0, sum_xx = 0, sum_dd = 0, bad = 0;
 #pragma omp simd reduction(+ : sum_d, sum_x, sum_dx, sum_xx, sum_dd, bad)
     for (int64_t j = 0; j < count; j++) {
         float m_new = 0, v_new = 0, x_j = x[j];
-        float d_j = direction(kind, t->c, t->sign * g[j], x_j, first[j], second[j], &m_new, &v_new);
+        float d_j = direction(kind, c, sign * g[j], x_j, first[j], second[j], &m_new, &v_new);
         if (store && kind != GRADIENT) first[j] = m_new;
         if (store && kind == ADAMW) second[j] = v_new;
         d[j] = d_j;
@@ -144,7 +149,7 @@ INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t coun
 
 /* |d'|^2 and <x~,d'> of `count` coordinates, from the coordinates themselves, added to p. */
 INLINE void add_rest(const float *d, const float *x, int64_t count, Parts *p) {
-    const float mean = (float)p->mean, along = (float)p->along, offset = (float)p->offset;
+    const float mean = p->mean, along = p->along, offset = p->offset;
     float sq = 0, cross = 0;
 #pragma omp simd reduction(+ : sq, cross)
     for (int64_t j = 0; j < count; j++) {
@@ -155,14 +160,10 @@ INLINE void add_rest(const float *d, const float *x, int64_t count, Parts *p) {
     p->sq += sq, p->cross += cross;
 }
 
-INLINE float factor_of(Parts p, Move m) { return (float)(m.keep + m.push * p.along); }
-INLINE float rest_of(Parts p, Move m) { return (float)(m.push * p.offset - m.keep * p.mean); }
-
 /* New weights. A careful row is rounded as add_rest() saw it, the others take one multiplication less. */
 INLINE void write(float *x, const float *d, int64_t count, Parts p, Move m) {
-    const float mean = (float)p.mean, along = (float)p.along, offset = (float)p.offset;
-    const float keep = (float)m.keep, push = (float)m.push;
-    const float factor = factor_of(p, m), rest = rest_of(p, m);
+    const float mean = p.mean, along = p.along, offset = p.offset, keep = m.keep, push = m.push;
+    const float factor = keep + push * along, rest = push * offset - keep * mean;
     if (m.moves == 0) return;
     if (p.cancels != 0) {
 #pragma omp simd
@@ -173,7 +174,7 @@ INLINE void write(float *x, const float *d, int64_t count, Parts p, Move m) {
     }
 }
 
-INLINE double speed_of(const Tensor *t, int64_t r) { return t->speed ? t->speed[r] : 1; }
+INLINE float speed_of(const Tensor *t, int64_t r) { return t->speed ? t->speed[r] : 1; }
 
 /* Rows [r0, r1), of at most LONG_ROW coordinates. */
 INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
@@ -191,7 +192,7 @@ INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
             finite &= skip ? all_finite(next + j, count) : summed_directions(kind, t, r * n + j, count, d + j, 1, next + j, &s);
         }
         if (skip) continue;
-        Parts p = project((double)n, (double)t->zero_mean, t->norm[r], s);
+        Parts p = project_row(t, r, s);
         if (p.cancels != 0) {
             p.sq = 0;
             for (int64_t j = 0; j < n; j += BLOCK) add_rest(d + j, x + j, smaller(n - j, BLOCK), &p);
@@ -237,9 +238,8 @@ INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int f
     float *weight = t->weight + r0 * n, *norm = t->norm + r0, *update_sq = t->update_sq + r0;
     float d[LANES * SHORT_ROW + LANES], x[LANES * SHORT_ROW + LANES];
     float sums[5][LANES]; /* as the members of Sums */
-    double speed[LANES];
-    double mean[LANES], along[LANES], offset[LANES], xx[LANES], sq[LANES], cross[LANES], cancels[LANES];
-    double keep[LANES], push[LANES], moves[LANES];
+    float speed[LANES], mean[LANES], along[LANES], offset[LANES], xx[LANES], sq[LANES], cross[LANES], cancels[LANES];
+    float keep[LANES], push[LANES], moves[LANES];
     if (!finite) {
         for (int64_t r = r0; r < r0 + rows; r++) cached_rows(kind, t, r, r + 1);
         return all_finite(next, rows * n);
@@ -250,8 +250,7 @@ INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int f
     for (int64_t r = 0; r < rows; r++) speed[r] = speed_of(t, r0 + r);
 #pragma omp simd
     for (int64_t r = 0; r < rows; r++) {
-        const Sums s = {sums[0][r], sums[1][r], sums[2][r], sums[3][r], sums[4][r]};
-        const Parts p = project((double)n, (double)t->zero_mean, norm[r], s);
+        const Parts p = project(n, t->zero_mean, norm[r], sums[0][r], sums[1][r], sums[2][r], sums[3][r], sums[4][r]);
         mean[r] = p.mean, along[r] = p.along, offset[r] = p.offset, xx[r] = p.xx, sq[r] = p.sq, cross[r] = p.cross;
         cancels[r] = p.cancels;
     }
@@ -348,11 +347,12 @@ static void long_row(const Tensor *t, int64_t r, Block *blocks, int threads) {
         s.d += b.d, s.x += b.x, s.dx += b.dx, s.xx += b.xx, s.dd += b.dd, finite &= blocks[i].finite;
     }
     if (!finite) return;
-    Parts p = project((double)n, (double)t->zero_mean, t->norm[r], s);
+    Parts p = project_row(t, r, s);
     if (p.cancels != 0) {
         all_blocks(t, at, blocks, &p, NULL, threads);
-        p.sq = 0;
-        for (int64_t i = 0; i < count; i++) p.sq += blocks[i].parts.sq, p.cross += blocks[i].parts.cross;
+        double sq = 0, cross = 0;
+        for (int64_t i = 0; i < count; i++) sq += blocks[i].parts.sq, cross += blocks[i].parts.cross;
+        p.sq = (float)sq, p.cross = (float)cross;
     }
     const Move m = turn(t, p, s.dd, t->norm[r], speed_of(t, r), t->update_sq + r);
     all_blocks(t, at, blocks, &p, &m, threads);
@@ -360,7 +360,8 @@ static void long_row(const Tensor *t, int64_t r, Block *blocks, int threads) {
 
 static Tensor tensor_at(const int64_t *w, const double *x) {
     Tensor t = {(float *)w[0], (const float *)w[1], (float *)w[2], (float *)w[3], (float *)w[4], (float *)w[5],
-                (const float *)w[6], w[7], w[8], w[9], w[10], x[0], x[1], x[2], x[3], x[4], x[5], (float)x[6], {0}};
+                (const float *)w[6], w[7], w[8], w[9], w[10], (float)x[0], (float)x[1], (float)(1 - x[1]),
+                (float)(1 / x[2]), (float)x[3], (float)x[4], (float)x[5], (float)x[6], {0}};
     for (int i = 0; i < 5; i++) t.c[i] = (float)x[7 + i];
     return t;
 }
