@@ -7,8 +7,8 @@
  * moments cross the memory bus once: 28 bytes a parameter for AdamW, as in a fused plain step.
  *
  * |d'|^2 in closed form cancels where d is nearly radial or constant; such rows are summed again ("careful").
- * A row with a non-finite gradient is left alone, moments included. Every row is summed in one fixed order, so the
- * number of threads changes no bit.
+ * A non-finite gradient stays out of its coordinate's moments, and its row does not turn in this step. Every row is
+ * summed in one fixed order, so the number of threads changes no bit.
  */
 #include <math.h>
 #include <stdint.h>
@@ -47,7 +47,7 @@ typedef struct {
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-typedef struct { double d, x, dx, xx, dd; } Sums; /* over a row: d, x, d x, x^2, d^2 */
+typedef struct { double d, x, dx, xx, dd, bad; } Sums; /* over a row: d, x, d x, x^2, d^2, and 0 g: NaN if one g is not finite */
 /* d' = d - along x - offset; |x~|^2, |d'|^2, <x~,d'> (zero but for rounding); does the closed form cancel? */
 typedef struct { float mean, along, offset, xx, sq, cross, cancels; } Parts;
 typedef struct { float keep, push, moves; } Move; /* x <- keep (x - mean) - push (d - along x - offset), if it moves */
@@ -56,19 +56,20 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Base direction of one coordinate and its new moments. */
 INLINE float direction(int kind, const float *c, float g, float x, float m, float v, float *m_new, float *v_new) {
+    const int finite = 0 * g == 0;
     if (kind == ADAMW) { /* c = 1-b1, b2, 1-b2, eps sqrt(1-b2^t), l2 of the second moment */
         float h = g + c[4] * x;
-        *m_new = m + c[0] * (g - m);
-        *v_new = c[1] * v + c[2] * h * h;
+        *m_new = finite ? m + c[0] * (g - m) : m;
+        *v_new = finite ? c[1] * v + c[2] * h * h : v;
         return *m_new / (sqrtf(*v_new) + c[3]);
     }
     if (kind == SGD) { /* c = momentum, weight of the new gradient, share of the gradient and of the buffer in d */
-        *m_new = c[0] * m + c[1] * g;
+        *m_new = finite ? c[0] * m + c[1] * g : m;
         return c[2] * g + c[3] * *m_new;
     }
     if (kind == LION) { /* c = 1-b1, 1-b2 */
         float u = m + c[0] * (g - m);
-        *m_new = m + c[1] * (g - m);
+        *m_new = finite ? m + c[1] * (g - m) : m;
         return (float)((u > 0) - (u < 0));
     }
     return g;
@@ -99,18 +100,8 @@ INLINE Move turn(const Tensor *t, Parts p, float dd, float norm, float speed, fl
     return (Move){norm != 0 ? keep : plain, norm != 0 ? keep * k * scale : t->lr * scale, norm != 0 ? moves : finite};
 }
 
-/* Is every gradient finite? The sum of 0 g is zero then and NaN else. */
-INLINE int all_finite(const float *g, int64_t count) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; j++) sum += 0 * g[j];
-    return sum == 0;
-}
-
-/* Directions of `count` coordinates from `at` on, into d; with `store` their new moments too. Tells whether `next`, as
- * many gradients, are finite: looked at here, among other streams, the next row's gradients cost nothing, in a pass of
- * their own they would. */
-INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, const float *next) {
+/* Directions of `count` coordinates from `at` on, into d; with `store` their new moments too. Were all gradients finite? */
+INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store) {
     const float *x = t->weight + at, *g = t->grad + at;
     float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
     const float c[5] = {t->c[0], t->c[1], t->c[2], t->c[3], t->c[4]}, sign = t->sign;
@@ -121,14 +112,13 @@ INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, floa
         d[j] = direction(kind, c, sign * g[j], x[j], first[j], second[j], &m_new, &v_new);
         if (store && kind != GRADIENT) first[j] = m_new;
         if (store && kind == ADAMW) second[j] = v_new;
-        bad += 0 * next[j];
+        bad += 0 * g[j];
     }
     return bad == 0;
 }
 
 /* The same, and in the same pass the sums, added to s. */
-INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, const float *next,
-                             Sums *s) {
+INLINE void summed_directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, Sums *s) {
     const float *x = t->weight + at, *g = t->grad + at;
     float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
     const float c[5] = {t->c[0], t->c[1], t->c[2], t->c[3], t->c[4]}, sign = t->sign;
@@ -141,10 +131,9 @@ INLINE int summed_directions(int kind, const Tensor *t, int64_t at, int64_t coun
         if (store && kind == ADAMW) second[j] = v_new;
         d[j] = d_j;
         sum_d += d_j, sum_x += x_j, sum_dx += d_j * x_j, sum_xx += x_j * x_j, sum_dd += d_j * d_j;
-        bad += 0 * next[j];
+        bad += 0 * g[j];
     }
-    s->d += sum_d, s->x += sum_x, s->dx += sum_dx, s->xx += sum_xx, s->dd += sum_dd;
-    return bad == 0;
+    s->d += sum_d, s->x += sum_x, s->dx += sum_dx, s->xx += sum_xx, s->dd += sum_dd, s->bad += bad;
 }
 
 /* |d'|^2 and <x~,d'> of `count` coordinates, from the coordinates themselves, added to p. */
@@ -180,18 +169,11 @@ INLINE float speed_of(const Tensor *t, int64_t r) { return t->speed ? t->speed[r
 INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
     const int64_t n = t->columns;
     float d[LONG_ROW];
-    int finite = all_finite(t->grad + r0 * n, n);
     for (int64_t r = r0; r < r1; r++) {
         float *x = t->weight + r * n;
-        const float *next = t->grad + (r + 1 < r1 ? r + 1 : r) * n;
-        const int skip = !finite;
         Sums s = {0};
-        finite = 1;
-        for (int64_t j = 0; j < n; j += BLOCK) {
-            const int64_t count = smaller(n - j, BLOCK);
-            finite &= skip ? all_finite(next + j, count) : summed_directions(kind, t, r * n + j, count, d + j, 1, next + j, &s);
-        }
-        if (skip) continue;
+        for (int64_t j = 0; j < n; j += BLOCK) summed_directions(kind, t, r * n + j, smaller(n - j, BLOCK), d + j, 1, &s);
+        s.dd += s.bad; /* a sum of d^2 that is not finite keeps a row where it is */
         Parts p = project_row(t, r, s);
         if (p.cancels != 0) {
             p.sq = 0;
@@ -214,7 +196,8 @@ INLINE Lanes add_lanes(Lanes *sums) {
     return sums[0];
 }
 
-/* The sums of up to LANES short rows, each in its lane of out; d and x are read up to LANES - 1 floats past their end. */
+/* The sums of up to LANES short rows, each in its lane of out, ordered as in Sums; d and x are read up to LANES - 1
+ * floats past their end. */
 INLINE void short_sums(const float *d, const float *x, int64_t n, int64_t rows, float out[5][LANES]) {
     Lanes sums[5][LANES] = {0};
     Mask inside;
@@ -231,23 +214,20 @@ INLINE void short_sums(const float *d, const float *x, int64_t n, int64_t rows, 
     for (int i = 0; i < 5; i++) *(Lanes *)out[i] = add_lanes(sums[i]);
 }
 
-/* Up to LANES short rows (then tells whether as many gradients from `next` on are finite): what comes once a coordinate
- * is done over their coordinates in one go, what comes once a row in vectors across the rows. */
-INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int finite, const float *next) {
+/* Up to LANES short rows: what comes once a coordinate is done over their coordinates in one go, what comes once a row
+ * in vectors across the rows. */
+INLINE void short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows) {
     const int64_t n = t->columns;
     float *weight = t->weight + r0 * n, *norm = t->norm + r0, *update_sq = t->update_sq + r0;
-    float d[LANES * SHORT_ROW + LANES], x[LANES * SHORT_ROW + LANES];
-    float sums[5][LANES]; /* as the members of Sums */
+    float d[LANES * SHORT_ROW + LANES], x[LANES * SHORT_ROW + LANES], sums[5][LANES];
     float speed[LANES], mean[LANES], along[LANES], offset[LANES], xx[LANES], sq[LANES], cross[LANES], cancels[LANES];
     float keep[LANES], push[LANES], moves[LANES];
-    if (!finite) {
-        for (int64_t r = r0; r < r0 + rows; r++) cached_rows(kind, t, r, r + 1);
-        return all_finite(next, rows * n);
-    }
-    finite = directions(kind, t, r0 * n, rows * n, d, 1, next);
+    const int finite = directions(kind, t, r0 * n, rows * n, d, 1);
     memcpy(x, weight, (size_t)(rows * n) * sizeof *x);
     short_sums(d, x, n, rows, sums);
     for (int64_t r = 0; r < rows; r++) speed[r] = speed_of(t, r0 + r);
+    /* a sum of d^2 that is not finite keeps a row where it is */
+    for (int64_t j = 0; !finite && j < rows * n; j++) sums[4][j / n] += 0 * t->grad[r0 * n + j];
 #pragma omp simd
     for (int64_t r = 0; r < rows; r++) {
         const Parts p = project(n, t->zero_mean, norm[r], sums[0][r], sums[1][r], sums[2][r], sums[3][r], sums[4][r]);
@@ -270,7 +250,6 @@ INLINE int short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows, int f
         const Parts p = {mean[r], along[r], offset[r], xx[r], sq[r], cross[r], cancels[r]};
         write(weight + r * n, d + r * n, n, p, (Move){keep[r], push[r], moves[r]});
     }
-    return finite;
 }
 
 INLINE void rows_of_kind(int kind, const Tensor *t, int64_t r0, int64_t r1) {
@@ -278,14 +257,7 @@ INLINE void rows_of_kind(int kind, const Tensor *t, int64_t r0, int64_t r1) {
         cached_rows(kind, t, r0, r1);
         return;
     }
-    int finite = all_finite(t->grad + r0 * t->columns, smaller(r1 - r0, LANES) * t->columns);
-    for (int64_t r = r0; r < r1; r += LANES) {
-        const int64_t rows = smaller(r1 - r, LANES), left = r1 - r - rows;
-        /* a last, smaller group is looked at on its own */
-        const float *next = t->grad + (left < rows ? r : r + rows) * t->columns;
-        finite = short_rows(kind, t, r, rows, finite, next);
-        if (left > 0 && left < rows) finite = all_finite(t->grad + (r + rows) * t->columns, left * t->columns);
-    }
+    for (int64_t r = r0; r < r1; r += LANES) short_rows(kind, t, r, smaller(r1 - r, LANES));
 }
 
 /* Rows [r0, r1) of a tensor, on one thread. */
@@ -298,18 +270,17 @@ CLONES static void some_rows(const Tensor *t, int64_t r0, int64_t r1) {
     }
 }
 
-typedef struct { Sums sums; Parts parts; int finite; } Block; /* what a block of a long row adds to its row */
+typedef struct { Sums sums; Parts parts; } Block; /* what a block of a long row adds to its row */
 
 /* One block of a long row: its sums; with `p` its rest; with `m` too its new weights and moments. */
 INLINE void block_of_kind(int kind, const Tensor *t, int64_t at, int64_t count, Block *b, const Parts *p, const Move *m) {
     float d[BLOCK], *x = t->weight + at;
-    const float *g = t->grad + at;
     if (!p) {
         b->sums = (Sums){0};
-        b->finite = summed_directions(kind, t, at, count, d, 0, g, &b->sums);
+        summed_directions(kind, t, at, count, d, 0, &b->sums);
         return;
     }
-    directions(kind, t, at, count, d, m != NULL, g);
+    directions(kind, t, at, count, d, m != NULL);
     if (m) {
         write(x, d, count, *p, *m);
     } else {
@@ -340,13 +311,11 @@ static void all_blocks(const Tensor *t, int64_t at, Block *blocks, const Parts *
 static void long_row(const Tensor *t, int64_t r, Block *blocks, int threads) {
     const int64_t n = t->columns, at = r * n, count = (n + BLOCK - 1) / BLOCK;
     Sums s = {0};
-    int finite = 1;
     all_blocks(t, at, blocks, NULL, NULL, threads);
     for (int64_t i = 0; i < count; i++) {
         const Sums b = blocks[i].sums;
-        s.d += b.d, s.x += b.x, s.dx += b.dx, s.xx += b.xx, s.dd += b.dd, finite &= blocks[i].finite;
+        s.d += b.d, s.x += b.x, s.dx += b.dx, s.xx += b.xx, s.dd += b.dd + b.bad;
     }
-    if (!finite) return;
     Parts p = project_row(t, r, s);
     if (p.cancels != 0) {
         all_blocks(t, at, blocks, &p, NULL, threads);

@@ -6,6 +6,7 @@ at any step without stored state, and a seed's batches do not depend on its comp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ SUBSET, ORDER, WINDOWS = 0, 1, 2  # independent random streams of one seed
 
 def generator(seed: int, stream: int, index: int = 0) -> torch.Generator:
     """A CPU generator for one (seed, stream, index); distinct triples give unrelated streams."""
-    return torch.Generator().manual_seed(((seed * 8 + stream) << 32) + index)
+    # hashed, because PyTorch's CPU generator reads only the low 32 bits of its seed
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 @dataclass

@@ -128,9 +128,7 @@ def _optimizer(c: OptimizerConfig, weight: torch.nn.Parameter) -> tuple[torch.op
     betas = (c.beta1, c.beta2)
     if c.name == "sgdm":
         decay, shrink = (0.0, 1 - c.lr * c.weight_decay) if c.decoupled else (c.weight_decay, 1.0)
-        sgd = torch.optim.SGD(
-            [weight], c.lr, momentum=c.momentum, nesterov=c.nesterov, weight_decay=decay, fused=True
-        )
+        sgd = torch.optim.SGD([weight], c.lr, momentum=c.momentum, nesterov=c.nesterov, weight_decay=decay, fused=True)
         return sgd, shrink
     if c.name in ("adamw", "adam_l2"):
         adam = torch.optim.AdamW if c.name == "adamw" else torch.optim.Adam

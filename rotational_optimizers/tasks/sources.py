@@ -68,7 +68,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     mirror = torch.rand(count, generator=generator) < 0.5
     columns = torch.where(mirror[:, None], columns.flip(1), columns)
     batch = torch.arange(count)[:, None, None]
-    index = [i.to(images.device) for i in (batch, rows[:, :, None], columns[:, None, :])]
+    index = tuple(i.to(images.device) for i in (batch, rows[:, :, None], columns[:, None, :]))
     return padded.permute(0, 2, 3, 1)[index].permute(0, 3, 1, 2)
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from rotational_optimizers.tasks.batches import SampleBatches, Shard, TokenBatches, eval_samples, eval_tokens
+from rotational_optimizers.tasks.batches import (
+    SampleBatches,
+    Shard,
+    TokenBatches,
+    eval_samples,
+    eval_tokens,
+    generator,
+)
 from rotational_optimizers.tasks.sources import crop_and_flip
 
 X = torch.arange(40.0).view(40, 1, 1)
@@ -83,3 +90,10 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
         row = next(r[r > 0] for r in out[0] if (r > 0).any())
         seen.add(bool((row.diff() > 0).all()))
     assert seen == {True, False}  # both orientations occur
+
+
+def test_streams_of_a_seed_are_unrelated() -> None:
+    draws = {
+        tuple(torch.randperm(20, generator=generator(s, t, i)).tolist()) for s in (0, 1) for t in (0, 1) for i in (0, 1)
+    }
+    assert len(draws) == 8
