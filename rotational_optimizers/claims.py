@@ -227,9 +227,7 @@ CLAIMS = [
         experiments=("zero_shot",),
         parts={
             "AdamW - RV-AdamW > 5 points at lr 1e-3, decay 0.01": test.starved,
-            "RV-AdamW with decay 10 >= AdamW": test.arm_noninferior(
-                "zero_shot", "rv_adamw_fed", "adamw_starved", 1.0
-            ),
+            "RV-AdamW with decay 10 >= AdamW": test.arm_noninferior("zero_shot", "rv_adamw_fed", "adamw_starved", 1.0),
         },
         control=swap_arms("zero_shot", "adamw_starved", "rv_adamw_starved"),
         figure=figures.zero_shot,

@@ -199,7 +199,6 @@ class TrialConfig(CommonConfig):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
-
 register("trial_schema", TrialConfig)
 register("network_schema", NetworkTaskConfig, group="task")
 register("random_walk_schema", RandomWalkConfig, group="task")

@@ -266,7 +266,6 @@ def swap_warmup(experiment: str) -> Callable[[Records], Records]:
     return control
 
 
-
 def spread_below(arm: str, bound: float) -> Test:
     """The spread of log rotation over an arm's hidden neurons is below `bound`."""
     unit = "std of log angle"

@@ -271,5 +271,3 @@ def transient(records: Records) -> Figure:
     axes[0].axhline(1, color=INK, linewidth=1, linestyle=":")
     axes[0].legend(fontsize=8)
     return figure
-
-

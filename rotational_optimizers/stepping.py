@@ -69,8 +69,8 @@ class RotationalOptimizer(RowOptimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
 
-        A row with a non-finite gradient stays as it is, moments included. Parameters that do not rotate treat such
-        gradients as their base optimizer does.
+        A row with a non-finite gradient does not turn in this step, and what is not finite stays out of the moments.
+        Parameters that do not rotate treat such gradients as their base optimizer does.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -156,9 +156,7 @@ class RotationalOptimizer(RowOptimizer, ABC):
                 step = int(turn.step)
                 if step not in rules:
                     rules[step] = self._native_rule(group, step, float(rotation))
-                batch.add(
-                    turn.weight, turn.grad, turn.moments, turn.norm, turn.update_norm_sq, turn.speed, rules[step]
-                )
+                batch.add(turn.weight, turn.grad, turn.moments, turn.norm, turn.update_norm_sq, turn.speed, rules[step])
             elif in_rows and self._fits_passes(turn):
                 kind = (turn.weight.dtype, turn.weight.device)
                 if kind not in scratch:
@@ -179,10 +177,11 @@ class RotationalOptimizer(RowOptimizer, ABC):
             step = turn.step.double()
         grad = (-turn.grad if group["maximize"] else turn.grad).to(dtype)
         moments = tuple(moment.to(dtype) for moment in turn.moments)
-        alive = torch.isfinite(grad).all(dim=row_dims(weight.ndim, **layout), keepdim=True)
+        finite = torch.isfinite(grad)
+        alive = finite.all(dim=row_dims(weight.ndim, **layout), keepdim=True)
         direction, new_moments = self._direction(group, grad, weight.to(dtype), moments, step)
         for moment, new in zip(turn.moments, new_moments, strict=True):
-            moment.copy_(torch.where(alive, new, moment))
+            moment.copy_(torch.where(finite, new, moment))
         rotational_update_(
             weight, direction, turn.norm, turn.update_norm_sq, step, rotation=rotation, speed=turn.speed, alive=alive,
             update_norm_decay=group["update_norm_decay"], zero_mean=group["zero_mean"], **layout,
@@ -209,9 +208,10 @@ class RotationalOptimizer(RowOptimizer, ABC):
 
     def _native_rule(self, group: Group, step: int, rotation: float) -> native.Rule:
         kind, scale, constants = self._native_constants(group, step)
+        decay, sign = group["update_norm_decay"], -1.0 if group["maximize"] else 1.0
         return native.Rule(
-            kind, group["zero_mean"], rotation, group["update_norm_decay"], 1 - group["update_norm_decay"] ** step, scale,
-            float(group["lr"]), group["weight_decay"], -1.0 if group["maximize"] else 1.0, constants,
+            kind, group["zero_mean"], rotation, decay, 1 - decay**step, scale, float(group["lr"]),
+            group["weight_decay"], sign, constants,
         )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 /* One rotational optimizer step (Kosson, Messmer, Jaggi 2024, section 4) for all tensors of a model, row by row.
  *
  * A row x (n floats) of norm N with base direction d turns by about `rotation` radians and keeps its norm:
- *     x~ = x - mean(x),  d' = d - mean(d) - x~ <d,x~>/<x~,x~>,  u <- f u + (1-f) |d'|^2,  k = rotation N / sqrt(u/(1-f^t))
- *     x  <- N (x~ - k d') / |x~ - k d'|,   |x~ - k d'|^2 = |x~|^2 + k^2 |d'|^2                  (d' is orthogonal to x~)
+ *     x~ = x - mean(x),   d' = d - mean(d) - x~ <d,x~>/<x~,x~>
+ *     u <- f u + (1-f) |d'|^2,   k = rotation N / sqrt(u/(1-f^t))
+ *     x <- N (x~ - k d') / |x~ - k d'|,   |x~ - k d'|^2 = |x~|^2 + k^2 |d'|^2   (d' is orthogonal to x~)
  * Means, products and norms come from one pass, so the result is known before it is written, and weights, gradients and
  * moments cross the memory bus once: 28 bytes a parameter for AdamW, as in a fused plain step.
  *
@@ -23,9 +24,11 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { ADAMW, SGD, GRADIENT, LION };            /* GRADIENT: SGD without momentum */
-enum { SHORT_ROW = 128, LONG_ROW = 16384 };                  /* rows from and up to this length are cached one by one */
-enum { BLOCK = 2048, LANES = 16, TASK = 16384 }; /* floats summed in float, short rows at a time, a vector, a task */
+enum { ADAMW, SGD, GRADIENT, LION };        /* GRADIENT: SGD without momentum */
+enum { SHORT_ROW = 128, LONG_ROW = 16384 }; /* rows of at least and at most so many floats are cached one by one */
+enum { LANES = 8, GROUP = 16 };             /* floats in a vector; short rows taken together, at most */
+enum { BLOCK = 2048 };                      /* floats summed in float */
+enum { TASK = 16384 };                      /* floats that one thread takes at a time, about */
 enum { WORDS = 11, NUMBERS = 12 };
 
 /* |d'| below this fraction of |d| is the rounding noise of a radial or constant direction: no update */
@@ -44,10 +47,17 @@ typedef struct {
     float sign, c[5];                         /* -1 to maximise; constants of `direction` */
 } Tensor;
 
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (Mask){__VA_ARGS__})
+#pragma GCC diagnostic ignored "-Wpsabi" /* Lanes pass through inlined functions only */
+#endif
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-typedef struct { double d, x, dx, xx, dd, bad; } Sums; /* over a row: d, x, d x, x^2, d^2, and 0 g: NaN if one g is not finite */
+/* over a row: d, x, d x, x^2, d^2, and 0 g, which is NaN if one g is not finite */
+typedef struct { double d, x, dx, xx, dd, bad; } Sums;
 /* d' = d - along x - offset; |x~|^2, |d'|^2, <x~,d'> (zero but for rounding); does the closed form cancel? */
 typedef struct { float mean, along, offset, xx, sq, cross, cancels; } Parts;
 typedef struct { float keep, push, moves; } Move; /* x <- keep (x - mean) - push (d - along x - offset), if it moves */
@@ -100,10 +110,11 @@ INLINE Move turn(const Tensor *t, Parts p, float dd, float norm, float speed, fl
     return (Move){norm != 0 ? keep : plain, norm != 0 ? keep * k * scale : t->lr * scale, norm != 0 ? moves : finite};
 }
 
-/* Directions of `count` coordinates from `at` on, into d; with `store` their new moments too. Were all gradients finite? */
+/* Directions of `count` coordinates from `at` on, into d; with `store` their new moments too. Were all g finite? */
 INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store) {
     const float *x = t->weight + at, *g = t->grad + at;
-    float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
+    float *first = (kind != GRADIENT ? t->first : t->weight) + at;
+    float *second = (kind == ADAMW ? t->second : t->weight) + at;
     const float c[5] = {t->c[0], t->c[1], t->c[2], t->c[3], t->c[4]}, sign = t->sign;
     float bad = 0;
 #pragma omp simd reduction(+ : bad)
@@ -120,7 +131,8 @@ INLINE int directions(int kind, const Tensor *t, int64_t at, int64_t count, floa
 /* The same, and in the same pass the sums, added to s. */
 INLINE void summed_directions(int kind, const Tensor *t, int64_t at, int64_t count, float *d, int store, Sums *s) {
     const float *x = t->weight + at, *g = t->grad + at;
-    float *first = (kind != GRADIENT ? t->first : t->weight) + at, *second = (kind == ADAMW ? t->second : t->weight) + at;
+    float *first = (kind != GRADIENT ? t->first : t->weight) + at;
+    float *second = (kind == ADAMW ? t->second : t->weight) + at;
     const float c[5] = {t->c[0], t->c[1], t->c[2], t->c[3], t->c[4]}, sign = t->sign;
     float sum_d = 0, sum_x = 0, sum_dx = 0, sum_xx = 0, sum_dd = 0, bad = 0;
 #pragma omp simd reduction(+ : sum_d, sum_x, sum_dx, sum_xx, sum_dd, bad)
@@ -172,7 +184,8 @@ INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; r++) {
         float *x = t->weight + r * n;
         Sums s = {0};
-        for (int64_t j = 0; j < n; j += BLOCK) summed_directions(kind, t, r * n + j, smaller(n - j, BLOCK), d + j, 1, &s);
+        for (int64_t j = 0; j < n; j += BLOCK)
+            summed_directions(kind, t, r * n + j, smaller(n - j, BLOCK), d + j, 1, &s);
         s.dd += s.bad; /* a sum of d^2 that is not finite keeps a row where it is */
         Parts p = project_row(t, r, s);
         if (p.cancels != 0) {
@@ -185,8 +198,7 @@ INLINE void cached_rows(int kind, const Tensor *t, int64_t r0, int64_t r1) {
 
 /* Neighbours added: lane l of the result is lanes 2l and 2l + 1 of a, then of b. */
 INLINE Lanes add_pairs(Lanes a, Lanes b) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 }
 
 /* Lane r of the result: the sum over the lanes of sums[r]. */
@@ -196,9 +208,9 @@ INLINE Lanes add_lanes(Lanes *sums) {
     return sums[0];
 }
 
-/* The sums of up to LANES short rows, each in its lane of out, ordered as in Sums; d and x are read up to LANES - 1
- * floats past their end. */
-INLINE void short_sums(const float *d, const float *x, int64_t n, int64_t rows, float out[5][LANES]) {
+/* The sums of up to LANES short rows, ordered as in Sums, from column `first` of out on; d and x are read past their
+ * end, by less than a vector. */
+INLINE void short_sums(const float *d, const float *x, int64_t n, int64_t rows, int64_t first, float out[5][GROUP]) {
     Lanes sums[5][LANES] = {0};
     Mask inside;
     for (int l = 0; l < LANES; l++) inside[l] = l < n % LANES ? -1 : 0;
@@ -211,20 +223,21 @@ INLINE void short_sums(const float *d, const float *x, int64_t n, int64_t rows, 
         }
         sums[0][r] = sum_d, sums[1][r] = sum_x, sums[2][r] = sum_dx, sums[3][r] = sum_xx, sums[4][r] = sum_dd;
     }
-    for (int i = 0; i < 5; i++) *(Lanes *)out[i] = add_lanes(sums[i]);
+    for (int i = 0; i < 5; i++) *(Lanes *)(out[i] + first) = add_lanes(sums[i]);
 }
 
-/* Up to LANES short rows: what comes once a coordinate is done over their coordinates in one go, what comes once a row
+/* Up to GROUP short rows: what comes once a coordinate is done over their coordinates in one go, what comes once a row
  * in vectors across the rows. */
 INLINE void short_rows(int kind, const Tensor *t, int64_t r0, int64_t rows) {
     const int64_t n = t->columns;
     float *weight = t->weight + r0 * n, *norm = t->norm + r0, *update_sq = t->update_sq + r0;
-    float d[LANES * SHORT_ROW + LANES], x[LANES * SHORT_ROW + LANES], sums[5][LANES];
-    float speed[LANES], mean[LANES], along[LANES], offset[LANES], xx[LANES], sq[LANES], cross[LANES], cancels[LANES];
-    float keep[LANES], push[LANES], moves[LANES];
+    float d[GROUP * SHORT_ROW + LANES], x[GROUP * SHORT_ROW + LANES], sums[5][GROUP];
+    float speed[GROUP], mean[GROUP], along[GROUP], offset[GROUP], xx[GROUP], sq[GROUP], cross[GROUP], cancels[GROUP];
+    float keep[GROUP], push[GROUP], moves[GROUP];
     const int finite = directions(kind, t, r0 * n, rows * n, d, 1);
     memcpy(x, weight, (size_t)(rows * n) * sizeof *x);
-    short_sums(d, x, n, rows, sums);
+    for (int64_t r = 0; r < rows; r += LANES)
+        short_sums(d + r * n, x + r * n, n, smaller(rows - r, LANES), r, sums);
     for (int64_t r = 0; r < rows; r++) speed[r] = speed_of(t, r0 + r);
     /* a sum of d^2 that is not finite keeps a row where it is */
     for (int64_t j = 0; !finite && j < rows * n; j++) sums[4][j / n] += 0 * t->grad[r0 * n + j];
@@ -257,7 +270,9 @@ INLINE void rows_of_kind(int kind, const Tensor *t, int64_t r0, int64_t r1) {
         cached_rows(kind, t, r0, r1);
         return;
     }
-    for (int64_t r = r0; r < r1; r += LANES) short_rows(kind, t, r, smaller(r1 - r, LANES));
+    /* more rows share the latency of what comes once a row, as long as they leave the cache to the streams */
+    const int64_t group = t->columns < 48 ? GROUP : LANES;
+    for (int64_t r = r0; r < r1; r += group) short_rows(kind, t, r, smaller(r1 - r, group));
 }
 
 /* Rows [r0, r1) of a tensor, on one thread. */
@@ -273,7 +288,8 @@ CLONES static void some_rows(const Tensor *t, int64_t r0, int64_t r1) {
 typedef struct { Sums sums; Parts parts; } Block; /* what a block of a long row adds to its row */
 
 /* One block of a long row: its sums; with `p` its rest; with `m` too its new weights and moments. */
-INLINE void block_of_kind(int kind, const Tensor *t, int64_t at, int64_t count, Block *b, const Parts *p, const Move *m) {
+INLINE void block_of_kind(int kind, const Tensor *t, int64_t at, int64_t count, Block *b, const Parts *p,
+                          const Move *m) {
     float d[BLOCK], *x = t->weight + at;
     if (!p) {
         b->sums = (Sums){0};

@@ -108,7 +108,6 @@ class RotationRecorder:
                 "layers": list(self.weights),
                 "angle": angles,
                 "norm": [norm[name][i].item() for name in self.weights],
-                "predicted": predicted,
                 "mean_angle": neurons[i].square().mean().sqrt().item(),
                 "neuron_log_std": log_std[i].item(),
                 "neuron_angle": neurons[i].tolist(),
@@ -116,7 +115,8 @@ class RotationRecorder:
                 "angle_curve": [[v[i].item() for v in self.angle_curve[name]] for name in self.weights],
                 "norm_curve": [[v[i].item() for v in self.norm_curve[name]] for name in self.weights],
             }
-            if math.isfinite(predicted):
+            if math.isfinite(predicted):  # a number that is not finite would say that the run diverged
+                row["predicted"] = predicted
                 row["ratio"] = [a / predicted for a in angles]
                 row["start_ratio"] = [a / predicted for a in starts]
             result.append(row)

@@ -404,7 +404,7 @@ def test_weights_loaded_after_construction_keep_their_norm():
 
 @pytest.mark.parametrize("form", FORMS[:3], ids=str)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_row_with_a_non_finite_gradient_sits_the_step_out(cls, form):
+def test_a_row_with_a_non_finite_gradient_stays_and_its_moments_stay_finite(cls, form):
     for bad in (math.nan, math.inf, -math.inf):
         hit, spared = (nn.Parameter(tensor(5, 40, dtype=torch.float32)) for _ in range(2))
         runs = []
@@ -419,11 +419,12 @@ def test_a_row_with_a_non_finite_gradient_sits_the_step_out(cls, form):
         for optimizer in runs:
             optimizer.step()
         assert torch.equal(hit[2], before["weight"][2])
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if name in before:
-                assert torch.equal(runs[0].state[hit][name][2], before[name][2])
-        others = [0, 1, 3, 4]
+        others, news = [0, 1, 3, 4], torch.isfinite(hit.grad)
         torch.testing.assert_close(hit[others], spared[others], rtol=1e-6, atol=1e-7)
+        for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & set(before):
+            expected = torch.where(news, runs[1].state[spared][name], before[name])
+            torch.testing.assert_close(runs[0].state[hit][name], expected, rtol=1e-6, atol=1e-7)
+        assert runs[0].state[hit]["update_norm_sq"][2] == before["update_norm_sq"][2]
         walk(runs[0], [hit], 2, 4)
         assert torch.isfinite(hit).all()
         assert not torch.equal(hit[2], before["weight"][2])

@@ -160,6 +160,22 @@ def test_a_deep_copy_goes_on_by_itself():
     assert twin.base.param_groups is twin.param_groups
 
 
+@pytest.mark.parametrize("pair", ["adamw", "sgdm", "nesterov"])
+@pytest.mark.parametrize("shadow", [True, False])
+def test_decay_and_learning_rate_stay_out_of_the_direction(pair, shadow):
+    """The learning rate jumps: a direction that carried it would jump against its own running mean."""
+    base, native, keys = PAIRS[pair]
+    a, b = net(), net()
+    runs = (a, native(groups(a), **keys)), (b, RotationalWrapper(base(groups(b), **keys), shadow=shadow))
+    for model, optimizer in runs:
+        for t, factor in enumerate((1.0, 0.01, 3.0)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * keys["lr"]
+            train(model, optimizer, 2, 2 * t)
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
 def test_schedulers_hooks_closures_and_zero_grad_work_through_it():
     model = net()
     optimizer = RotationalWrapper(torch.optim.SGD(groups(model), 0.1, 0.9))
