@@ -76,6 +76,8 @@ class OptimizerConfig:
     """The lambda inside eta_r when it must differ from the one in the moments (forced_adam_l2)."""
     exclude_head: bool = False
     """Leave the classifier head to the base optimizer (rv_*)."""
+    exclude: list[str] = field(default_factory=list)
+    """Parameters that neither decay nor rotate: names, dotted prefixes or patterns (`token`, `*.bias`)."""
     imbalance: ImbalanceConfig = field(default_factory=ImbalanceConfig)
     """Unequal rotation on purpose (rv_adamw)."""
 
@@ -89,6 +91,7 @@ class OptimizerConfig:
         check("optimizer.eps", self.eps, self.eps > 0, "> 0")
         decay = self.rotation_weight_decay
         check("optimizer.rotation_weight_decay", decay, decay is None or decay > 0, "> 0, or null")
+        check("optimizer.exclude", self.exclude, all(self.exclude), "a list of names, none of them empty")
         if self.name.startswith("rv_"):
             check("optimizer.weight_decay", self.weight_decay, self.weight_decay > 0, "> 0 for rotational variants")
 
@@ -103,12 +106,15 @@ class ScheduleConfig:
     """Linear warm-up as a fraction of all steps."""
     power: float = 1.0
     """The factor is raised to this power; 2 undoes the square root by which a rotational variant feels the schedule."""
+    floor: float = 0.0
+    """Where the decay ends, as a fraction of `optimizer.lr`."""
 
     def __post_init__(self) -> None:
         names = ("cosine", "linear", "constant")
         check("schedule.name", self.name, self.name in names, f"one of {', '.join(names)}")
         check("schedule.warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
         check("schedule.power", self.power, self.power > 0, "> 0")
+        check("schedule.floor", self.floor, 0 <= self.floor < 1, "in [0, 1)")
 
 
 @dataclass
@@ -142,10 +148,21 @@ class NetworkTaskConfig:
     """Samples a forward pass in evaluation."""
     eval_tokens: int | None = None
     """Evaluate on this many first tokens of a text split; null takes all."""
-    augment: bool = True
-    """Random shift by up to 4 pixels and random mirror of training images."""
+    augment: str = "crop_flip"
+    """Of training images: `none`; `crop_flip`: random mirror and shift by up to 4 pixels (with `image_size`: random
+    mirror and resized crop); `deit`: timm's RandAugment, random erasing, mixup and cutmix (needs `image_size`)."""
+    image_size: int | None = None
+    """Stream images of any size from disk, cropped to this many pixels a side; null holds images of one size in
+    memory."""
     accumulate: int = 1
     """Micro-batches an optimizer step is split into."""
+    batch_tokens: int | None = None
+    """Translation: sentences of similar length share a batch of at most this many tokens a language, padding included;
+    replaces `batch_size`."""
+    clip_norm: float | None = None
+    """Clip every network's gradient to this norm; null does not."""
+    label_smoothing: float = 0.0
+    """Share of every training target that is spread over all classes."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "track_every", "track_start", "log_every", "eval_batch_size", "accumulate"):
@@ -154,9 +171,14 @@ class NetworkTaskConfig:
         splits = ("validation", "test", "both")
         check("task.evaluate", self.evaluate, self.evaluate in splits, f"one of {', '.join(splits)}")
         check("task.track_tail", self.track_tail, 0 < self.track_tail <= 1, "in (0, 1]")
-        for key in ("train_samples", "epochs", "eval_tokens"):
+        for key in ("train_samples", "epochs", "eval_tokens", "image_size", "batch_tokens", "clip_norm"):
             value = getattr(self, key)
             check(f"task.{key}", value, value is None or value > 0, "> 0, or null")
+        kinds = ("none", "crop_flip", "deit")
+        check("task.augment", self.augment, self.augment in kinds, f"one of {', '.join(kinds)}")
+        streams = self.augment != "deit" or self.image_size is not None
+        check("task.augment", self.augment, streams, "none or crop_flip, or set task.image_size")
+        check("task.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 
 @dataclass
@@ -197,6 +219,11 @@ class TrialConfig(CommonConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # the loops keep no loss scale
+        check("precision", self.precision, self.precision != "fp16", "fp32 or bf16")
 
 
 register("trial_schema", TrialConfig)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from common.records import Records
 
 Test = Callable[["Records"], Outcome]
-HIDDEN = 4  # the four convolutions come before the head in every per-layer list
 
 
 def layers(frame: pd.DataFrame, arm: str, metric: str) -> NDArray[np.float64]:
@@ -95,9 +94,9 @@ def ratio_in(arm: str, low: float, high: float) -> Test:
     """Every convolution's measured over predicted rotation lies within the band."""
 
     def test(records: Records) -> Outcome:
-        ratio = measured_ratio(records, arm)[:, :HIDDEN]
+        ratio = measured_ratio(records, arm)[:, :-1]
         tests = [equivalence(layer, low, high, unit="measured / predicted") for layer in ratio.T]
-        return every(tests, [f"convolution {i + 1}" for i in range(HIDDEN)])
+        return every(tests, [f"convolution {i + 1}" for i in range(len(tests))])
 
     return test
 
@@ -107,7 +106,7 @@ def ratio_off(arm: str, head: bool) -> Test:
 
     def test(records: Records) -> Outcome:
         ratio = measured_ratio(records, arm)
-        chosen = ratio[:, -1] if head else ratio[:, :HIDDEN].mean(1)
+        chosen = ratio[:, -1] if head else ratio[:, :-1].mean(1)
         return mean_less(chosen, 0.9, unit="measured / predicted")
 
     return test
@@ -233,18 +232,18 @@ def monotone_in_factor(records: Records) -> Outcome:
 
 def starts_fast(records: Records) -> Outcome:
     """AdamW's first steps turn more than 3 times faster than equilibrium, in convolutions 2 to 4."""
-    start = layers(records["equilibrium"], "adamw_bn", "start_ratio")[:, 1:HIDDEN]
+    start = layers(records["equilibrium"], "adamw_bn", "start_ratio")[:, 1:-1]
     tests = [mean_greater(layer, 3.0, unit="x equilibrium rotation") for layer in start.T]
-    return every(tests, [f"convolution {i + 2}" for i in range(HIDDEN - 1)])
+    return every(tests, [f"convolution {i + 2}" for i in range(len(tests))])
 
 
 def starts_in_equilibrium(arm: str) -> Test:
     """The first steps of `arm` turn within 30 % of the equilibrium rotation, in every convolution."""
 
     def test(records: Records) -> Outcome:
-        start = layers(records["equilibrium"], arm, "start_ratio")[:, :HIDDEN]
+        start = layers(records["equilibrium"], arm, "start_ratio")[:, :-1]
         tests = [equivalence(layer, 0.7, 1.3, unit="x equilibrium rotation") for layer in start.T]
-        return every(tests, [f"convolution {i + 1}" for i in range(HIDDEN)])
+        return every(tests, [f"convolution {i + 1}" for i in range(len(tests))])
 
     return test
 

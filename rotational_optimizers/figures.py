@@ -77,17 +77,17 @@ def equilibrium_ratio(records: Records) -> Figure:
     """Measured over predicted rotation per layer and arm; the head shows what a scale-sensitive layer does."""
     frame = records["equilibrium"]
     figure, ax = new(height=4.0)
-    x = np.arange(5)
+    x = np.arange(len(frame["layers"].iloc[0]))
     for i, arm in enumerate(EQUILIBRIUM_ARMS):
         rows = frame[frame["arm"] == arm]
         ratio = np.array(rows["angle"].tolist(), dtype=float) / rows["predicted"].to_numpy(float)[:, None]
         mean = ratio.mean(0)
-        error = ratio.std(0, ddof=1) / np.sqrt(len(ratio)) * 2.78 if len(ratio) > 1 else np.zeros(5)
+        error = ratio.std(0, ddof=1) / np.sqrt(len(ratio)) * 2.78 if len(ratio) > 1 else np.zeros(len(x))
         style = look(i) | {"linestyle": "none"}
         ax.errorbar(x + (i - 3) * 0.1, mean, yerr=error, capsize=2, label=_name(arm), **style)  # type: ignore[arg-type]
     ax.axhspan(0.97, 1.03, color=PALETTE[2], alpha=0.15, linewidth=0)
     ax.axhspan(0.85, 1.15, color=PALETTE[2], alpha=0.08, linewidth=0)
-    ax.set_xticks(x, ["conv 1", "conv 2", "conv 3", "conv 4", "head"])
+    ax.set_xticks(x, [f"conv {i + 1}" for i in x[:-1]] + ["head"])
     ax.set_ylabel("rotation: measured / predicted")
     ax.legend(fontsize=8, ncols=2)
     return figure

@@ -58,6 +58,21 @@ def _forced_rotation(config: OptimizerConfig) -> Callable[[dict[str, Any]], floa
     return rotation
 
 
+def _groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameter groups of every arm; what `config.exclude` names neither decays nor rotates."""
+    head, decay = ("head",) if config.exclude_head else (), config.weight_decay
+    groups = rotational_param_groups(model, decay, exclude=(*head, *config.exclude))
+    if not config.exclude:
+        return groups
+    still = rotational_param_groups(model, decay, exclude=config.exclude)
+    plain = {id(p) for group in still if not group["rotational"] for p in group["params"]}
+    last: dict[str, Any] = {"params": [], "rotational": False, "weight_decay": 0.0, "neuron_dim": 0}
+    for group in groups:
+        last["params"] += [p for p in group["params"] if id(p) in plain]
+        group["params"] = [p for p in group["params"] if id(p) not in plain]
+    return [group for group in (*groups, last) if group["params"]]
+
+
 def build_optimizer(config: OptimizerConfig, model: nn.Module, n_models: int = 1) -> torch.optim.Optimizer:
     """The optimizer of `config` over `model`.
 
@@ -70,8 +85,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, n_models: int = 1
         A `torch.optim.Optimizer` whose groups start at `config.lr`.
     """
     c = config
-    exclude = ("head",) if c.exclude_head else ()
-    groups = rotational_param_groups(model, c.weight_decay, exclude=exclude)
+    groups = _groups(c, model)
     betas = (c.beta1, c.beta2)
     adam: dict[str, Any] = {"lr": c.lr, "betas": betas, "eps": c.eps}
     keys = ("update_norm_decay", "per_neuron", "zero_mean")

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 
 
-def lr_factor(step: int, steps: int, name: str = "cosine", warmup: float = 0.0, power: float = 1.0) -> float:
+def lr_factor(
+    step: int, steps: int, name: str = "cosine", warmup: float = 0.0, power: float = 1.0, floor: float = 0.0
+) -> float:
     """Factor of the peak learning rate at `step` (0-based) of `steps`.
 
     Args:
         step: index of the optimizer step, in [0, steps).
         steps: length of the run.
-        name: `cosine` or `linear` (to zero after the last step), or `constant`.
+        name: `cosine` or `linear` (to `floor` after the last step), or `constant`.
         warmup: fraction of the run in which the factor climbs linearly from 1/w to 1, w the warm-up's steps.
         power: exponent on the decay (not on the warm-up).
+        floor: where the decay would end after the last step.
 
     Returns:
         A factor in (0, 1].
@@ -32,4 +35,4 @@ def lr_factor(step: int, steps: int, name: str = "cosine", warmup: float = 0.0, 
         factor = 1 - done
     else:
         factor = 1.0
-    return factor**power
+    return floor + (1 - floor) * factor**power

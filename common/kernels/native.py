@@ -48,7 +48,7 @@ def load(
     Args:
         source: the `.c` or `.cpp` file; headers in its folder count as part of it.
         functions: exported names, with their ctypes argument types where given. Every function returns void.
-        flags: further compiler flags, e.g. `("-ffast-math",)`; part of the cache key.
+        flags: further compiler flags, e.g. `("-funroll-loops",)`; part of the cache key.
 
     Returns:
         The library, or None (after one warning a process) if there is no compiler, the build fails or the library
@@ -56,6 +56,7 @@ def load(
 
     Raises:
         FileNotFoundError: `source` does not exist.
+        ValueError: a flag that would make the whole process flush subnormal numbers to zero.
         AttributeError: the library lacks one of `functions`.
     """
     if os.environ.get("COMMON_NATIVE", "1") == "0":
@@ -63,6 +64,8 @@ def load(
     source = Path(source).resolve()
     if not source.is_file():
         raise FileNotFoundError(f"source={source}: no such file")
+    if {"-ffast-math", "-Ofast"} & set(flags):  # linked by gcc < 13, they set the processor's mode on loading
+        raise ValueError(f"flags={flags}: must not hold -ffast-math or -Ofast, which change the process")
     try:
         library = _open(source, tuple(flags))
     except (BuildError, OSError, subprocess.SubprocessError) as error:

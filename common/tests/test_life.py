@@ -118,7 +118,7 @@ def test_ctrl_c_is_one_line_and_leaves_a_clean_state(command: list[str], tmp_pat
 def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     killed = run([*TRAIN, OFF, "fail=kill", "steps=3,4", "-m"], tmp_path)
     assert killed.returncode == 1
-    assert killed.stderr.startswith("error: a worker died (SIGKILL(-9))") and killed.stderr.count("\n") == 1
+    assert killed.stderr.startswith("error: a worker died (SIGKILL(-9)") and killed.stderr.count("\n") == 1
     assert not list((tmp_path / PAPER).glob("trials/*"))
 
 

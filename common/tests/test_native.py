@@ -86,7 +86,7 @@ def test_library_that_differs_from_its_digest_is_built_again(source, damage):
 @needs_compiler
 def test_another_source_or_flag_or_header_is_another_library(source):
     native.load(source, TYPES)
-    native.load(source, TYPES, flags=("-ffast-math",))
+    native.load(source, TYPES, flags=("-funroll-loops",))
     assert len(libraries()) == 2
     (source.parent / "part.h").write_text("#define A 1\n")
     native.load(source, TYPES)
@@ -155,3 +155,8 @@ def test_library_joins_torchs_thread_pool(source):
     )
     done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 1
+
+
+def test_flags_that_change_the_arithmetic_of_the_whole_process_are_refused(source):
+    with pytest.raises(ValueError, match="-ffast-math"):
+        native.load(source, TYPES, flags=("-ffast-math",))

@@ -9,18 +9,55 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SUBSET, ORDER, WINDOWS = 0, 1, 2  # independent random streams of one seed
+IGNORED = -100  # a target that no loss counts (torch's default)
+
+
+class Batch(NamedTuple):
+    """What a network is trained or evaluated on at once; the first axis of `targets` is the network."""
+
+    inputs: tuple[Tensor, ...]
+    """What the network is called with."""
+    targets: Tensor
+    """Classes (S, B, ...), `IGNORED` where there is none, or probabilities (S, B, K)."""
+    real: Tensor | None = None
+    """(S,) how many targets count, on average over micro-batches and processes, where some are ignored; None: all."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        inputs = tuple(part.to(device, non_blocking=True) for part in self.inputs)
+        real = None if self.real is None else self.real.to(device)
+        return Batch(inputs, self.targets.to(device, non_blocking=True), real)
+
+
+def check_parts(batch_size: int, parts: int, world: int) -> None:
+    """Refuse batches that do not fall into equal micro-batches, whose mean would not be the batch's.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `parts * world`.
+    """
+    if batch_size % (parts * world):
+        raise ValueError(
+            f"task.batch_size={batch_size}: must be a multiple of {parts * world} "
+            f"(task.accumulate={parts}, {world} processes)"
+        )
+
+
+def key(seed: int, stream: int, index: int = 0) -> int:
+    """A 32-bit seed for one (seed, stream, index)."""
+    # hashed, because PyTorch's CPU generator reads only the low 32 bits of its seed
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
 def generator(seed: int, stream: int, index: int = 0) -> torch.Generator:
     """A CPU generator for one (seed, stream, index); distinct triples give unrelated streams."""
-    # hashed, because PyTorch's CPU generator reads only the low 32 bits of its seed
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(key(seed, stream, index))
 
 
 @dataclass

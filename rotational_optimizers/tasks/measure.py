@@ -39,9 +39,9 @@ class RotationRecorder:
         self.config, self.n_models = config, config.n_seeds
         self.weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad}
         self.start_end, self.tail_begin = task.track_start, steps - int(task.track_tail * steps)
-        self.curve_every = max(1, steps // 80)
-        self.step = 0
-        zeros = {name: torch.zeros(len(p), dtype=torch.float64) for name, p in self.weights.items()}
+        self.every, self.curve_every = task.track_every, max(1, steps // 80)
+        self.step = self.start_count = self.tail_count = self.window_count = 0
+        zeros = {n: torch.zeros(len(p), dtype=torch.float64, device=p.device) for n, p in self.weights.items()}
         self.start_sum = zeros
         self.tail_sum = {name: total.clone() for name, total in zeros.items()}
         self.window_sum = {name: total.clone() for name, total in zeros.items()}
@@ -54,30 +54,41 @@ class RotationRecorder:
         optimizer.register_step_post_hook(self._measure)
 
     def _remember(self, *_: Any) -> None:
-        if not self._before:
+        if self.step % self.every == 0 and not self._before:
             self._before = {name: _unit_rows(p)[0] for name, p in self.weights.items()}
 
     @torch.no_grad()
     def _measure(self, *_: Any) -> None:
-        close = (self.step + 1) % self.curve_every == 0
+        if self._before:
+            self._add()
+        self.step += 1
+        if self.step % self.curve_every == 0 and self.window_count:
+            self.curve_steps.append(self.step)
+            for name, weight in self.weights.items():
+                self.angle_curve[name].append(self._per_seed(self.window_sum[name] / self.window_count))
+                self.norm_curve[name].append(self._per_seed(_unit_rows(weight)[1].double().square_()))
+                self.window_sum[name].zero_()
+            self.window_count = 0
+
+    def _add(self) -> None:
+        """Add the squared angles of the step just taken to the windows it lies in."""
+        start, tail = self.step < self.start_end, self.step >= self.tail_begin
+        before, self._before = self._before, {}
         for name, weight in self.weights.items():
             after, norm = _unit_rows(weight)
-            chord = (after - self._before[name]).norm(dim=1).clamp_max_(2.0)
+            chord = (after - before[name]).norm(dim=1).clamp_max_(2.0)
             square = (2 * torch.asin(chord / 2)).double().square_()
-            self._before[name] = after
-            if self.step < self.start_end:
+            if self.every == 1:
+                self._before[name] = after  # the next step starts here
+            if start:
                 self.start_sum[name] += square
-            if self.step >= self.tail_begin:
+            if tail:
                 self.tail_sum[name] += square
                 self.tail_norm[name] += norm.double().square_()
             self.window_sum[name] += square
-            if close:
-                self.angle_curve[name].append(self._per_seed(self.window_sum[name] / self.curve_every))
-                self.norm_curve[name].append(self._per_seed(norm.double().square_()))
-                self.window_sum[name].zero_()
-        self.step += 1
-        if close:
-            self.curve_steps.append(self.step)
+        self.start_count += start
+        self.tail_count += tail
+        self.window_count += 1
 
     def _per_seed(self, square: Tensor) -> Tensor:
         """Root of the mean over a layer's neurons, (S,), from row values (S*K,)."""
@@ -91,8 +102,7 @@ class RotationRecorder:
         prediction at the peak learning rate), `neuron_log_std` (std of log RMS angle over all neurons of hidden
         layers), `neuron_angle` (their RMS angles), `curve_steps`, `angle_curve`, `norm_curve` (per layer).
         """
-        tail = max(1, self.step - self.tail_begin)
-        start = max(1, min(self.step, self.start_end))
+        tail, start = max(1, self.tail_count), max(1, self.start_count)
         predicted = predicted_rotation(self.config.optimizer, self.config.optimizer.lr)
         hidden = [name for name in self.weights if not name.startswith("head")]
         angle = {name: self._per_seed(total / tail) for name, total in self.tail_sum.items()}

@@ -20,16 +20,36 @@ from rotational_optimizers.tasks.sources import Source, open_source
 
 if TYPE_CHECKING:
     from common.trials import Trial
-    from rotational_optimizers.config import TrialConfig
+    from rotational_optimizers.config import NetworkTaskConfig, TrialConfig
 
 CHECKPOINT_SECONDS = 120.0
 LATE_STEPS = 500
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
-def losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of every network, (S,), from logits (S, B, ..., K) and integer targets (S, B, ...)."""
-    flat = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
-    return flat.view(len(target), -1).mean(1)
+def losses(logits: Tensor, target: Tensor, real: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of every network, (S,), in nats.
+
+    Args:
+        logits: (S, B, ..., K).
+        target: classes (S, B, ...), `IGNORED` where there is none, or probabilities (S, B, ..., K).
+        real: (S,), what sums are divided by where some targets are ignored; None: all targets count.
+        smoothing: share of every target that is spread over all classes.
+    """
+    flat = target.flatten(0, -2) if target.is_floating_point() else target.flatten()
+    each = F.cross_entropy(logits.flatten(0, -2), flat, reduction="none", label_smoothing=smoothing)
+    each = each.view(len(target), -1)  # (S, B*...)
+    return each.mean(1) if real is None else each.sum(1) / real
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, n_models: int, max_norm: float) -> None:
+    """Scale every network's gradient to a norm of at most `max_norm`; its companions in the stack do not count."""
+    gradients = [p.grad.unflatten(0, (n_models, -1)) for p in model.parameters() if p.grad is not None]
+    square = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)  # (S,)
+    factor = (max_norm / (square.sqrt() + CLIP_EPS)).clamp_max(1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)))
 
 
 @torch.no_grad()
@@ -37,11 +57,11 @@ def evaluate(model: nn.Module, source: Source, split: str) -> dict[str, list[flo
     """Mean loss (nats) and accuracy of every network over a whole split."""
     model.eval()
     loss_sum = correct = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for x, y in source.eval_batches(split):
-        logits = model(x)
-        size = y[0].numel()
-        loss_sum = loss_sum + losses(logits, y).double().cpu() * size
+    count: Any = 0
+    for inputs, y, real in source.eval_batches(split):
+        logits = model(*inputs)
+        size = y[0].numel() if real is None else real.double().cpu()
+        loss_sum = loss_sum + losses(logits, y, real).double().cpu() * size
         correct = correct + (logits.argmax(-1) == y).flatten(1).double().sum(1).cpu()
         count += size
     model.train()
@@ -56,15 +76,17 @@ def _freeze_non_rotational(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, run: Run, step: int, parts: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, run: Run, step: int, task: NetworkTaskConfig
 ) -> Tensor:
-    """One optimizer step in `parts` micro-batches; returns every network's loss, (S,)."""
+    """One optimizer step in `task.accumulate` micro-batches; returns every network's loss, (S,)."""
     total = torch.zeros((), device=run.device)
-    for x, y in source.train_batches(step, parts):
+    for inputs, y, real in source.train_batches(step, task.accumulate):
         with run.accumulate(model):
-            loss = losses(model(x), y)
+            loss = losses(model(*inputs), y, real, task.label_smoothing)
             run.backward(loss.sum())
-        total = total + loss.detach() / parts
+        total = total + loss.detach() / task.accumulate
+    if task.clip_norm is not None:
+        clip_gradients(model, len(total), task.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
@@ -83,10 +105,10 @@ def _train(
     late, window = torch.zeros(2, config.n_seeds, device=run.device)
     saved = time.monotonic()
     for step in range(first, steps):
-        factor = lr_factor(step, steps, schedule.name, schedule.warmup, schedule.power)
+        factor = lr_factor(step, steps, schedule.name, schedule.warmup, schedule.power, schedule.floor)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        loss = _step(model, optimizer, source, run, step, task.accumulate)
+        loss = _step(model, optimizer, source, run, step, task)
         window += loss
         late += loss if step >= steps - late_steps else 0
         done = step + 1
@@ -112,7 +134,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         One dict a seed. Metrics of the evaluated split are named `<split>_loss` (nats) and `<split>_accuracy`; the
         rotation metrics are those of `RotationRecorder`.
     """
-    run_ = setup(config.threads, config.device, config.precision, config.task.accumulate)
+    run_ = setup(config.threads, config.device, config.precision, config.task.accumulate, seed=config.seed)
     seeds = list(range(config.seed, config.seed + config.n_seeds))
     source = open_source(config, seeds, run_)
     model = run_.place(build(config.model, seeds))

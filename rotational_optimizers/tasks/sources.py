@@ -6,31 +6,41 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import load, normalise, standardise, tensors, tokenise
 from common.training import Run
-from rotational_optimizers.tasks.batches import SampleBatches, Shard, TokenBatches, eval_samples, eval_tokens
+from rotational_optimizers.tasks.batches import (
+    Batch,
+    SampleBatches,
+    Shard,
+    TokenBatches,
+    check_parts,
+    eval_samples,
+    eval_tokens,
+)
+from rotational_optimizers.tasks.images import crop_and_flip
+from rotational_optimizers.tasks.stream import ImageStream
+from rotational_optimizers.tasks.translation import TranslationSource, vocabulary
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from rotational_optimizers.config import NetworkTaskConfig, TrialConfig
 
-PAD = 4  # pixels around a CIFAR image before the random crop
+BYTES = 256
 
 
 class Source(Protocol):
-    """Training batches by step and evaluation batches by split; the first axis of targets is the network."""
+    """Training batches by step and evaluation batches by split."""
 
     def steps(self, task: NetworkTaskConfig) -> int:
         """Length of the run in optimizer steps."""
 
-    def train_batches(self, step: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets of one step, in `parts` micro-batches."""
+    def train_batches(self, step: int, parts: int) -> Iterator[Batch]:
+        """This process's part of one step, in `parts` micro-batches."""
 
-    def eval_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, split: str) -> Iterator[Batch]:
         """A whole split in order."""
 
 
@@ -48,28 +58,14 @@ class _Source:
     def steps(self, task: NetworkTaskConfig) -> int:
         return task.steps if task.epochs is None else max(1, round(task.epochs * self.batches.steps_per_epoch))
 
-    def train_batches(self, step: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, step: int, parts: int) -> Iterator[Batch]:
         x, y = self.batches(step)
         for part_x, part_y in zip(x.chunk(parts, self.batches.axis), y.chunk(parts, 1), strict=True):
-            yield part_x.to(self.device, non_blocking=True), part_y.to(self.device, non_blocking=True)
+            yield Batch((part_x,), part_y).to(self.device)
 
-    def eval_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, split: str) -> Iterator[Batch]:
         for x, y in self.evaluation(split):
-            yield x.to(self.device), y.to(self.device)
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random shift by up to 4 pixels and random mirror of each image, (B, C, H, W) -> the same shape."""
-    count, _, height, width = images.shape
-    padded = F.pad(images, (PAD,) * 4)
-    top, left = torch.randint(2 * PAD + 1, (2, count), generator=generator)
-    rows = top[:, None] + torch.arange(height)  # (B, H)
-    columns = left[:, None] + torch.arange(width)  # (B, W)
-    mirror = torch.rand(count, generator=generator) < 0.5
-    columns = torch.where(mirror[:, None], columns.flip(1), columns)
-    batch = torch.arange(count)[:, None, None]
-    index = tuple(i.to(images.device) for i in (batch, rows[:, :, None], columns[:, None, :]))
-    return padded.permute(0, 2, 3, 1)[index].permute(0, 3, 1, 2)
+            yield Batch((x,), y).to(self.device)
 
 
 def _samples(config: TrialConfig, data: DatasetDict, seeds: list[int], run: Run, shard: Shard) -> _Source:
@@ -86,7 +82,7 @@ def _samples(config: TrialConfig, data: DatasetDict, seeds: list[int], run: Run,
     x = {split: value.to(run.device) for split, value in x.items()}
     y = {split: part[c.label].to(run.device) for split, part in parts.items()}
     task = config.task
-    augment = crop_and_flip if images and task.augment else None
+    augment = crop_and_flip if images and task.augment == "crop_flip" else None
     batches = SampleBatches(x["train"], y["train"], seeds, task.batch_size, task.train_samples, shard, augment)
     size = task.eval_batch_size
     return _Source(batches, lambda split: eval_samples(x[split], y[split], len(seeds), size), run.device)
@@ -100,7 +96,13 @@ def standardise_all(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 def _text(config: TrialConfig, data: DatasetDict, seeds: list[int], run: Run, shard: Shard) -> _Source:
     """One stream of tokens a split."""
-    streams = {split: tokenise(data[split], config.data.inputs, config.data.tokenizer) for split in data}
+    folder = config.data.tokenizer
+    tokens = vocabulary(folder) if folder else BYTES
+    # bytes would train a network of 50,257 tokens without complaint, and mean nothing
+    if tokens > config.model.vocab or (not folder and config.model.vocab != BYTES):
+        kind = f"data.tokenizer={folder}" if folder else "bytes: set data.tokenizer=<folder of a saved tokenizer>"
+        raise ValueError(f"model.vocab={config.model.vocab}: the text has {tokens} tokens ({kind})")
+    streams = {split: tokenise(data[split], config.data.inputs, folder) for split in data}
     context, size = config.model.context, config.task.eval_batch_size
     batches = TokenBatches(streams["train"], seeds, config.task.batch_size, context, shard)
     limit = config.task.eval_tokens
@@ -111,8 +113,19 @@ def open_source(config: TrialConfig, seeds: list[int], run: Run) -> Source:
     """The data of a trial.
 
     Raises:
-        ValueError: the data set does not fit the task (too small, unknown columns).
+        ValueError: the data set does not fit the task (too small, unknown columns, no split to evaluate on, a
+            vocabulary that the network does not have, micro-batches of unequal size).
+        FileNotFoundError: `data.path` or `data.tokenizer` is not a folder.
     """
-    data = load(config.data)
-    make = _samples if config.data.label else _text
-    return make(config, data, seeds, run, Shard(run.rank, run.world))
+    task, data, shard = config.task, load(config.data), Shard(run.rank, run.world)
+    for split in ("validation", "test") if task.evaluate == "both" else (task.evaluate,):
+        if split not in data:
+            raise ValueError(f"task.evaluate={task.evaluate}: data.{split}=0 leaves no {split} split")
+    if config.model.name == "translation":
+        return TranslationSource(config, data, seeds, run.device, shard)
+    check_parts(task.batch_size, task.accumulate, run.world)
+    if not config.data.label:
+        return _text(config, data, seeds, run, shard)
+    if task.image_size is not None:
+        return ImageStream(config, data, seeds, run.device, shard)
+    return _samples(config, data, seeds, run, shard)

@@ -1,12 +1,77 @@
 """Every experiment composes at every scale; bad values are refused with key, value and range."""
 
+from __future__ import annotations
+
+import math
+from typing import Any
+
 import pytest
 
 from common.compose import conf_dir
-from common.sweeps import plan  # noqa: F401
+from common.sweeps import Planner
+from rotational_optimizers.claims import CLAIMS
 from rotational_optimizers.config import ImbalanceConfig, NetworkTaskConfig, OptimizerConfig, ScheduleConfig
+from rotational_optimizers.train import main
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir("rotational_optimizers") / "experiment").glob("*.yaml"))
+# kin optimizers and our own extra settings, which no test of a claim reads
+LAPTOP_ONLY = {"hyperball", "update_floor", "adamp", "lamb", "nero", "rv_adamw_cosine2"}
+MANY = 5  # of a longer axis the two ends are enough to check types and ranges
+
+
+class Diagonal(Planner):
+    """Plans along the diagonal of every grid: each value of an axis once, instead of their product."""
+
+    def entries(self, experiment: str) -> list[dict[str, Any]]:
+        entries = [self._diagonal(entry) for entry in super().entries(experiment)]
+        return entries[:1] if self.scale == "smoke" else entries  # the laptop's entries, made short
+
+    @staticmethod
+    def _diagonal(entry: dict[str, Any]) -> dict[str, Any]:
+        axes = {k: v if len(v) <= MANY else [v[0], v[-1]] for k, v in entry.items() if isinstance(v, list)}
+        length = max(map(len, axes.values()), default=0)
+        steps = [[v[min(i, len(v) - 1)] for v in axes.values()] for i in range(length)]
+        flat = [[x for k, v in zip(axes, step, strict=True) for x in (v if "," in k else [v])] for step in steps]
+        key = ",".join(axes)
+        joined = {key: flat if "," in key else [x for (x,) in flat]} if axes else {}
+        return {k: v for k, v in entry.items() if k not in axes} | joined
+
+
+@pytest.fixture(scope="module")
+def planners() -> dict[str, Diagonal]:
+    """One a scale, since composing takes its time; scale=paper is planned in `test_paper_scale`."""
+    return {scale: Diagonal(main, None, scale) for scale in ("smoke", "laptop", "gpu")}
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
+def test_every_experiment_composes_into_checked_configs(planners: dict[str, Diagonal], scale: str) -> None:
+    planner, grids = planners[scale], {e: planners["laptop"].sweeper(e)["grids"] for e in EXPERIMENTS}
+    # without a grid of its own a scale is the laptop's again
+    for experiment in [e for e in EXPERIMENTS if scale != "gpu" or "gpu" in grids[e]]:
+        jobs = planner.plan(experiment)
+        assert jobs, experiment
+        for job in jobs:
+            config = job.config
+            assert (config["experiment"], config["scale"]) == (experiment, scale)
+            assert config["arm"], f"{experiment}: a job without the name of its arm"
+            assert config["device"] == ("cuda" if scale == "gpu" else "cpu")
+            if scale == "smoke" and config["task"]["name"] == "network":
+                assert (config["task"]["steps"], config["n_seeds"]) == (12, 3)
+
+
+def test_the_arms_that_a_claim_reads_are_there_at_every_scale(planners: dict[str, Diagonal]) -> None:
+    for experiment in {experiment for claim in CLAIMS for experiment in claim.experiments}:
+        grids = planners["laptop"].sweeper(experiment)["grids"]
+        wanted = {entry["arm"] for entry in grids["laptop"]} - LAPTOP_ONLY
+        for scale in grids:
+            assert wanted <= {entry["arm"] for entry in grids[scale]}, (experiment, scale)
+
+
+@pytest.mark.parametrize("scale", ["laptop", "gpu"])
+def test_every_arm_searches_as_many_settings(planners: dict[str, Diagonal], scale: str) -> None:
+    entries = planners[scale].sweeper("tune")["grids"][scale]
+    sizes = {e["arm"]: math.prod(len(v) for v in e.values() if isinstance(v, list)) for e in entries}
+    assert len(sizes) == len(entries) and len(set(sizes.values())) == 1, sizes
 
 
 @pytest.mark.parametrize(
@@ -26,6 +91,14 @@ EXPERIMENTS = sorted(path.stem for path in (conf_dir("rotational_optimizers") / 
         (lambda: NetworkTaskConfig(steps=0), "task.steps=0: must be >= 1"),
         (lambda: NetworkTaskConfig(evaluate="train"), "task.evaluate=train"),
         (lambda: NetworkTaskConfig(track_tail=0), "task.track_tail=0"),
+        (lambda: NetworkTaskConfig(augment="cutout"), "task.augment=cutout: must be one of none, crop_flip, deit"),
+        (lambda: NetworkTaskConfig(augment="deit"), "task.augment=deit: must be none or crop_flip, or set task.image"),
+        (lambda: NetworkTaskConfig(clip_norm=0.0), "task.clip_norm=0.0: must be > 0, or null"),
+        (lambda: NetworkTaskConfig(label_smoothing=1.0), r"task.label_smoothing=1.0: must be in \[0, 1\)"),
+        (lambda: NetworkTaskConfig(batch_tokens=0), "task.batch_tokens=0: must be > 0, or null"),
+        (lambda: NetworkTaskConfig(image_size=-1), "task.image_size=-1: must be > 0, or null"),
+        (lambda: OptimizerConfig(exclude=["head", ""]), "optimizer.exclude=.*none of them empty"),
+        (lambda: ScheduleConfig(floor=1.0), r"schedule.floor=1.0: must be in \[0, 1\)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make, message: str) -> None:  # type: ignore[no-untyped-def]

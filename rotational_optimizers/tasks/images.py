@@ -1,0 +1,129 @@
+"""Crops of images: of whole batches in memory (CIFAR), of single images of any size (ImageNet), and timm's for DeiT."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Crop = Callable[["Image", int], Tensor]
+"""Maps an image and a seed to a tensor (3, size, size), uint8 or normalised float32."""
+
+PAD = 4  # pixels around a CIFAR image before the random crop
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (Szegedy et al. 2015)
+TRIES = 10
+EVAL_RESIZE = 8 / 7  # 256 pixels on the short side for a crop of 224
+DEIT = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "re_prob": 0.25, "re_mode": "pixel"}
+DEIT_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random shift by up to 4 pixels and random mirror of each image, (B, C, H, W) -> the same shape."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (PAD,) * 4)
+    top, left = torch.randint(2 * PAD + 1, (2, count), generator=generator)
+    rows = top[:, None] + torch.arange(height)  # (B, H)
+    columns = left[:, None] + torch.arange(width)  # (B, W)
+    mirror = torch.rand(count, generator=generator) < 0.5
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    batch = torch.arange(count)[:, None, None]
+    index = tuple(i.to(images.device) for i in (batch, rows[:, :, None], columns[:, None, :]))
+    return padded.permute(0, 2, 3, 1)[index].permute(0, 3, 1, 2)
+
+
+def random_box(width: int, height: int, rng: torch.Generator) -> tuple[int, int, int, int]:
+    """A random crop (left, top, right, bottom): 8 to 100 % of the area, aspect ratio 3/4 to 4/3, log-uniform.
+
+    Where ten draws do not fit into the image, the largest centred crop of an allowed aspect ratio.
+    """
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    for _ in range(TRIES):
+        area, aspect = torch.rand(2, generator=rng).tolist()
+        area, aspect = width * height * (AREA[0] + area * (AREA[1] - AREA[0])), math.exp(low + aspect * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(torch.randint(width - w + 1, (), generator=rng))
+            top = int(torch.randint(height - h + 1, (), generator=rng))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ASPECT[1])), min(height, round(width / ASPECT[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def random_crop(image: Image, seed: int, size: int) -> Tensor:
+    """A random resized crop, mirrored half of the time: (3, size, size) uint8."""
+    rng = torch.Generator().manual_seed(seed)
+    found = _resized(image, random_box(*image.size, rng), size)
+    return found.flip(2) if torch.rand((), generator=rng) < 0.5 else found
+
+
+def centre_crop(image: Image, seed: int, size: int) -> Tensor:
+    """The middle of the image, 7/8 of its short side: (3, size, size) uint8. `seed` is not used."""
+    side = min(image.size) / EVAL_RESIZE
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return _resized(image, (left, top, left + side, top + side), size)
+
+
+def _resized(image: Image, box: tuple[float, float, float, float], size: int) -> Tensor:
+    import numpy as np
+    from PIL.Image import Resampling
+
+    crop = image.convert("RGB").resize((size, size), Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def deit_crop(size: int, mean: list[float], std: list[float]) -> Crop:
+    """timm's transform with DeiT's settings, float32.
+
+    Raises:
+        ValueError: timm is not installed.
+    """
+    transform = _timm().create_transform(
+        size, is_training=True, interpolation="bicubic", mean=tuple(mean), std=tuple(std), **DEIT
+    )
+    return partial(_transformed, transform)
+
+
+def deit_mix(classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """timm's mixup and cutmix with DeiT's settings: images (B, 3, H, W), B even, and labels -> mixed, (B, K)."""
+    return _timm().Mixup(**DEIT_MIX, label_smoothing=0.0, num_classes=classes)
+
+
+def _transformed(transform: Callable[[Image], Tensor], image: Image, seed: int) -> Tensor:
+    with seeded(seed):
+        return transform(image.convert("RGB"))
+
+
+def _timm() -> Any:
+    try:
+        import timm.data
+    except ImportError as error:
+        raise ValueError("task.augment=deit: needs the package timm (pip install timm)") from error
+    return timm.data
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Start Python's, NumPy's and PyTorch's global CPU generators at `seed`, as timm draws from them; put them back."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
