@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_experiment_ends_in_a_report(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "common.reproduce", "rotational_optimizers", "scale=smoke", f"results_dir={tmp_path}"]
+    arguments = ["rotational_optimizers", "scale=smoke", f"results_dir={tmp_path}"]
+    words = [sys.executable, "-m", "common.reproduce", *arguments]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "rotational_optimizers"
