@@ -38,7 +38,9 @@ def run(command: list[str], cwd: Path, *, source: Path = FIXTURE, **more: str) -
 def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
     """Start in a process group of its own."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **pipes)
+    # a shell's background jobs ignore Ctrl-C, and their children inherit that
+    hear = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, preexec_fn=hear, **pipes)
 
 
 def signal_group(process: subprocess.Popen[str], what: signal.Signals) -> tuple[str, str]:
