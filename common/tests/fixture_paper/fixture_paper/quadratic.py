@@ -40,6 +40,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         if config.pause and trial.writes:
             np.savez(trial.folder / "state.tmp.npz", x=x, velocity=velocity, step=step + 1)
             os.replace(trial.folder / "state.tmp.npz", checkpoint)
+    loss = 0.5 * (curvature * x**2).sum(axis=1)  # also when killed between the last checkpoint and the record
     misbehave(config.fail, loss)
     return [
         {"seed": seed, "diverged": bool(loss[i] > 1e6), "final_loss": loss[i], "path": list(x[i]), "resumed_at": begin}
