@@ -4,7 +4,7 @@
 SHELL  := /bin/bash
 PYTHON ?= python3
 ARGS   ?=
-EXTRAS ?= dev,slurm
+EXTRAS ?= dev,slurm,flower
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready

@@ -76,7 +76,7 @@ def test_a_line_that_cannot_be_read_is_usage(word: str, capsys: pytest.CaptureFi
 def test_an_uninstalled_launcher_names_its_extra(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     try:
-        import ray  # noqa: F401
+        import hydra_plugins.hydra_ray_launcher  # noqa: F401
     except ImportError:
         assert cli.main([OFF, "hydra/launcher=ray", "-m"]) == 1
         assert capsys.readouterr().err == "error: hydra/launcher=ray: not installed; pip install '.[ray]'\n"
