@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clustered_pfl.radius import Quantile, Radius
+from clustered_pfl.radius import Radius
 
 
 @dataclass(frozen=True)
@@ -78,4 +78,3 @@ ATTACKS: dict[str, Attack] = {
     "inside_radius": inside_radius,
     "non_finite": non_finite,
 }
-__all__ = ["ATTACKS", "Attack", "Exchange", "Quantile", "bit_flip", "inside_radius", "label_flip", "large_gradient", "non_finite"]  # fmt: skip

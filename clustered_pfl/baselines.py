@@ -1,4 +1,4 @@
-"""What the method is compared with, all with the same `step`: Local, Global, GroundTruth, IFCA, HypCluster, Ditto, KNNPer.
+"""What the method is compared with, all with the same `step`.
 
 Momentum is the clients' (each keeps the momentum of its own gradients) in IFCA and Ditto; in Local, Global and
 GroundTruth clients' and server's momentum are the same numbers, because the mean is linear.
@@ -6,7 +6,7 @@ GroundTruth clients' and server's momentum are the same numbers, because the mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -33,15 +33,15 @@ class GroundTruth(Federation):
     """One model for each true cluster, trained on the mean gradient of its clients: what clustering can hope for.
 
     Args:
-        loss, params, lr, momentum, momentum_style, replicas: see `Federation`; a cluster starts at its clients' mean.
+        loss, params, lr and the other arguments: see `Federation`; a cluster starts at its clients' mean.
         clusters: (N,) integers in [0, K), the true cluster of each client; no cluster may be empty.
 
     Raises:
         ValueError: clusters are not (N,), not from 0 on, or one is empty.
     """
 
-    def __init__(self, loss: Loss, params: Mapping[str, Tensor], *, clusters: Any, lr: float, **momentum: Any) -> None:
-        super().__init__(loss, params, lr=lr, **momentum)
+    def __init__(self, loss: Loss, params: Mapping[str, Tensor], *, clusters: Any, lr: float, **shared: Any) -> None:
+        super().__init__(loss, params, lr=lr, **shared)
         replicas, n, _ = self.models.shape
         chosen = torch.as_tensor(clusters, device=self.models.device).long()
         whole = chosen.shape == (n,) and torch.equal(chosen.unique(), torch.arange(int(chosen.max()) + 1).to(chosen))
@@ -64,9 +64,9 @@ class Global(Federation):
     """One model for all, trained on the mean gradient (FedAvg with one local step), or on a robust aggregate of it.
 
     Args:
-        loss, params, lr, momentum, momentum_style, replicas: see `Federation`; the model starts at the clients' mean.
+        loss, params, lr and the other arguments: see `Federation`; the model starts at the clients' mean.
         aggregate: messages (N + b, D) -> (D,), e.g. a rule of the package byzfl; None: their mean.
-        n_byzantine, attack, seed: as in `FederatedClustering`.
+        n_byzantine, attack: as in `FederatedClustering`.
     """
 
     def __init__(
@@ -78,16 +78,12 @@ class Global(Federation):
         aggregate: Aggregator | None = None,
         n_byzantine: int = 0,
         attack: Attack | None = None,
-        seed: int | Sequence[int] = 0,
-        **momentum: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(loss, params, lr=lr, **momentum)
+        super().__init__(loss, params, lr=lr, **shared)
         replicas, n, _ = self.models.shape
         check("n_byzantine", n_byzantine, n_byzantine >= 0, ">= 0")
-        seeds = [seed] * replicas if isinstance(seed, int) else list(seed)
-        check("seed", seed, len(seeds) == replicas, f"one number, or one a replica ({replicas})")
         self.aggregate, self.n_byzantine, self.attack = aggregate, n_byzantine, attack
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.chosen = torch.zeros(replicas, n, dtype=torch.long, device=self.models.device)
         self.models = self.models.mean(1, keepdim=True)  # (R, 1, D)
 
@@ -117,7 +113,7 @@ class IFCA(Federation):
     """IFCA (Ghosh et al. 2020): K models; every round each client trains the one with the least loss on its data.
 
     Args:
-        loss, lr, momentum, momentum_style, replicas: see `Federation`.
+        loss, lr and the other arguments: see `Federation`.
         models: stacked different starts of the K models, name -> (K, ...).
         variant: "gradient": model k steps along the sum of its clients' momenta over N; "model": over its clients, the
             mean of their models after `local_steps` steps.
@@ -135,9 +131,9 @@ class IFCA(Federation):
         lr: float,
         variant: Literal["gradient", "model"] = "gradient",
         local_steps: int = 1,
-        **momentum: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(loss, models, lr=lr, **momentum)
+        super().__init__(loss, models, lr=lr, **shared)
         check("variant", repr(variant), variant in ("gradient", "model"), "'gradient' or 'model'")
         allowed = local_steps >= 1 and (variant == "model" or local_steps == 1)
         check("local_steps", local_steps, allowed, ">= 1, and 1 for variant='gradient'")
@@ -194,14 +190,14 @@ class Ditto(Federation):
     """Ditto (Li et al. 2021): x_i <- x_i - eta (m_i + lambda (x_i - w)) beside a global model w trained as in `Global`.
 
     Args:
-        loss, params, lr, momentum, momentum_style, replicas: see `Federation`.
+        loss, params, lr and the other arguments: see `Federation`.
         pull: lambda >= 0.
     """
 
     def __init__(
-        self, loss: Loss, params: Mapping[str, Tensor], *, lr: float, pull: float = 1.0, **momentum: Any
+        self, loss: Loss, params: Mapping[str, Tensor], *, lr: float, pull: float = 1.0, **shared: Any
     ) -> None:
-        super().__init__(loss, params, lr=lr, **momentum)
+        super().__init__(loss, params, lr=lr, **shared)
         check("pull", pull, pull >= 0, ">= 0")
         self.pull = pull
         self.shared = self.models.mean(1, keepdim=True)  # (R, 1, D)

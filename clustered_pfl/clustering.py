@@ -35,7 +35,7 @@ class FederatedClustering(Federation):
     """Federated-Clustering: x_i <- x_i - eta * momentum( Threshold-Clustering of { g_j(x_i) }_j from g_i(x_i) ).
 
     Args:
-        loss, params, lr, momentum, momentum_style, replicas: see `Federation`; params (N, ...) of the honest clients.
+        loss, params, lr and the other arguments: see `Federation`; params (N, ...) of the honest clients.
         radius: rule for tau; a quantile is taken over all N + b points.
         rounds: M, Threshold-Clustering rounds a step.
         groups: clients are split at random into this many groups each step, and clustered inside them: N^2 / G
@@ -45,7 +45,6 @@ class FederatedClustering(Federation):
         attack: what they send (`attacks`). None: they follow the protocol on their own data, the last b rows of every
             batch (data poisoning, e.g. `attacks.label_flip`).
         memory_mb: answers held at once, in 10^6 bytes; models are streamed to stay below.
-        seed: of groups and attacks; with replicas, a sequence of R seeds.
 
     Raises:
         ValueError: a value out of range.
@@ -64,22 +63,18 @@ class FederatedClustering(Federation):
         n_byzantine: int = 0,
         attack: Attack | None = None,
         memory_mb: float = 16.0,
-        seed: int | list[int] = 0,
-        **momentum: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(loss, params, lr=lr, **momentum)
-        replicas, n = self.models.shape[:2]
+        super().__init__(loss, params, lr=lr, **shared)
+        n = self.models.shape[1]
         check("rounds", rounds, rounds >= 0, ">= 0")
         check("local_steps", local_steps, local_steps >= 1, ">= 1")
         check("n_byzantine", n_byzantine, n_byzantine >= 0, ">= 0")
-        shared = groups >= 1 and n % groups == 0 and n_byzantine % groups == 0
-        check("groups", groups, shared, f">= 1, a divisor of {n} clients and of n_byzantine={n_byzantine}")
+        divides = groups >= 1 and n % groups == 0 and n_byzantine % groups == 0
+        check("groups", groups, divides, f">= 1, a divisor of {n} clients and of n_byzantine={n_byzantine}")
         check("memory_mb", memory_mb, memory_mb > 0, "> 0")
-        seeds = [seed] * replicas if isinstance(seed, int) else list(seed)
-        check("seed", seed, len(seeds) == replicas, f"one number, or one a replica ({replicas})")
         self.radius, self.rounds, self.groups, self.local_steps = radius, rounds, groups, local_steps
         self.n_byzantine, self.attack, self.memory_mb = n_byzantine, attack, memory_mb
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
 
     def step(self, batches: Any) -> Round:
         """One gradient step of every client; every `local_steps`-th clusters.
@@ -161,13 +156,12 @@ class MomentumClustering(Federation):
     and the clustering starts from each client's own momentum, or, with `clusters`, from last round's centres.
 
     Args:
-        loss, params, lr, replicas: see `Federation`; all clients should start equal. There is no other momentum.
+        loss, params, lr, replicas, seed: see `Federation`; all clients should start equal. There is no other momentum.
         alpha: weight of the new gradient, in (0, 1]; it divides the noise variance of the points by about 2 / alpha.
         radius, rounds: of Threshold-Clustering.
         clusters: number of centres K kept by the server; each client steps along the centre nearest to its momentum.
             The first centres are momenta far from each other. None: one start a client, no K needed.
         n_byzantine, attack: as in `FederatedClustering`; attackers send one message a round.
-        seed: of the attack; with replicas, a sequence of R seeds.
 
     Raises:
         ValueError: a value out of range.
@@ -185,20 +179,16 @@ class MomentumClustering(Federation):
         clusters: int | None = None,
         n_byzantine: int = 0,
         attack: Attack | None = None,
-        seed: int | list[int] = 0,
-        replicas: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__(loss, params, lr=lr, momentum=0.0, replicas=replicas)
-        count, n = self.models.shape[:2]
+        super().__init__(loss, params, lr=lr, momentum=0.0, **shared)
+        n = self.models.shape[1]
         check("alpha", alpha, 0 < alpha <= 1, "in (0, 1]")
         check("rounds", rounds, rounds >= 0, ">= 0")
         check("clusters", clusters, clusters is None or 1 <= clusters <= n, f"in [1, {n}], or None")
         check("n_byzantine", n_byzantine, n_byzantine >= 0, ">= 0")
-        seeds = [seed] * count if isinstance(seed, int) else list(seed)
-        check("seed", seed, len(seeds) == count, f"one number, or one a replica ({count})")
         self.alpha, self.radius, self.rounds, self.clusters = alpha, radius, rounds, clusters
         self.n_byzantine, self.attack = n_byzantine, attack
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.momenta: Tensor | None = None
         self.centers: Tensor | None = None
 

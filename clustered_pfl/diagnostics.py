@@ -21,7 +21,7 @@ def membership(members: Tensor, clusters: Tensor) -> Tensor:
 
 
 def precision_recall(members: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the clients that client i averages over, the share from its own cluster; and of its cluster, the share it found.
+    """Of those client i averages over, the share from its own cluster; and of its cluster, the share it found.
 
     Args:
         members: (..., N, N + b) bool; attackers, in the last b columns, belong to no cluster.
@@ -62,7 +62,7 @@ def intra_distance(gradients: Tensor, clusters: Tensor) -> Tensor:
 
 
 def inter_distance(gradients: Tensor, clusters: Tensor) -> Tensor:
-    """Delta_i^2: squared distance of every client's gradient (..., N, D) to the nearest one of another cluster, (..., N)."""
+    """Delta_i^2: squared distance of every gradient (..., N, D) to the nearest one of another cluster, (..., N)."""
     distances = torch.cdist(gradients, gradients, compute_mode="donot_use_mm_for_euclid_dist").square()
     return torch.where(clusters[:, None] == clusters[None, :], torch.inf, distances).amin(-1)
 

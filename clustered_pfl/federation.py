@@ -23,15 +23,13 @@ MomentumStyle = Literal["heavy_ball", "ema"]
 
 
 def module_loss(module: nn.Module, criterion: Callable[..., Tensor]) -> Loss:
-    """Make a `Loss` of a module: batches are tuples (inputs ..., target), the loss is criterion(module(inputs), target).
+    """Make a `Loss` of a module: a batch is a tuple (inputs ..., target), the loss criterion(module(inputs), target).
 
     Raises:
         ValueError: the module has batch-norm statistics, which clients cannot share; use GroupNorm.
     """
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in module.modules()):
-        raise ValueError(
-            f"module={type(module).__name__}: has batch-norm statistics, must have none (GroupNorm has none)"
-        )
+        raise ValueError(f"module={type(module).__name__}: has batch-norm statistics, GroupNorm has none")
 
     def loss(params: Params, batch: Any) -> Tensor:
         *inputs, target = batch
@@ -75,8 +73,8 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Params:
         """(..., D) -> views (..., shape) each."""
-        parts = flat.split(self.sizes, -1)
-        return {name: part.unflatten(-1, shape) if shape else part[..., 0] for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}  # fmt: skip
+        parts = zip(self.shapes.items(), flat.split(self.sizes, -1), strict=True)
+        return {name: part.unflatten(-1, shape) if shape else part[..., 0] for (name, shape), part in parts}
 
 
 class Federation:
@@ -89,6 +87,7 @@ class Federation:
         momentum: beta in [0, 1).
         momentum_style: "heavy_ball": m <- beta m + v; "ema": m <- beta m + (1 - beta) v. Both start with m = v.
         replicas: `params` and batches have one more leading axis R of independent simulations (seeds).
+        seed: of whatever is drawn at random (groups, attacks); with replicas one number for all, or R of them.
 
     Raises:
         TypeError: a parameter is not a floating-point tensor.
@@ -104,6 +103,7 @@ class Federation:
         momentum: float = 0.9,
         momentum_style: MomentumStyle = "heavy_ball",
         replicas: bool = False,
+        seed: int | Sequence[int] = 0,
     ) -> None:
         check("lr", lr, lr > 0 and math.isfinite(lr), "> 0")
         check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
@@ -116,6 +116,9 @@ class Federation:
         self.models = flat if replicas else flat[None]  # (R, K, D)
         self.velocity: Tensor | None = None
         self.steps = 0
+        seeds = [seed] * len(self.models) if isinstance(seed, int) else list(seed)
+        check("seed", seed, len(seeds) == len(self.models), f"one number, or one a replica ({len(self.models)})")
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self._vector_loss = lambda flat, batch: loss(self.layout.unflatten(flat), batch)
         one = grad(self._vector_loss)
         self._own = vmap(one, randomness="different")
@@ -136,7 +139,7 @@ class Federation:
 
     @property
     def params(self) -> Params:
-        """The model of every client, name -> (N, ...), or (R, N, ...) with replicas; views where clients have their own."""
+        """The model of every client, name -> (N, ...), or (R, N, ...) with replicas."""
         flat = self.client_models()
         return self.layout.unflatten(flat if self.replicas else flat[0])
 
@@ -145,14 +148,17 @@ class Federation:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """All tensors and counters, for a checkpoint."""
-        plain = (Tensor, int, float)
-        return {k: v for k, v in vars(self).items() if isinstance(v, plain) and not isinstance(v, bool)}
+        """Everything that changes from step to step, plain enough for torch.load(weights_only=True)."""
+        state = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | int | float) and not isinstance(v, bool)}
+        return state | {"generators": [generator.get_state() for generator in self.generators]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         for name, value in state.items():
-            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+            if name != "generators":
+                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+        for generator, value in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(value)
 
     def lift(self, batches: Any) -> Any:
         """Give batches their axis R."""

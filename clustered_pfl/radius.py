@@ -22,8 +22,10 @@ TIE_ULPS = 16
 class Radius(Protocol):
     """A rule for tau; the three below, or your own."""
 
-    strict: bool
-    """Whether a point at distance tau itself is outside."""
+    @property
+    def strict(self) -> bool:
+        """Whether a point at distance tau itself is outside."""
+        ...
 
     def __call__(self, distances: Tensor) -> Tensor:
         """Give tau (...) for distances (..., N)."""
@@ -32,7 +34,7 @@ class Radius(Protocol):
 
 @dataclass(frozen=True)
 class Quantile:
-    """tau = factor * the distance of rank floor(q N), counted from 0 in ascending order (every experiment of the paper).
+    """tau = factor * the distance of rank floor(q N), counted from 0 in ascending order: every experiment of the paper.
 
     Args:
         q: in [0, 1); a little below the share of a cluster, 1/K.

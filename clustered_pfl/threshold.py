@@ -6,8 +6,8 @@ A point beyond tau is replaced by the guess itself, so it moves the estimate by 
 what makes the average of a cluster robust to the other clusters and to Byzantine points. The sum is divided by *all* N
 points, not by those inside: with fixed members S the estimate contracts to their mean by 1 - |S|/N a round.
 
-Two ways to the same numbers. "direct" reads all points twice a round. "gram" reads them twice in all: the estimate stays
-in the affine span, v = v_0 + sum_j a_j (z_j - v_0), so that with G_jk = <z_j - v_0, z_k - v_0> the distances
+Two ways to the same numbers. "direct" reads all points twice a round. "gram" reads them twice in all: the estimate
+stays in the affine span, v = v_0 + sum_j a_j (z_j - v_0), so that with G_jk = <z_j - v_0, z_k - v_0> the distances
 
     |z_j - v|^2 = G_jj - 2 (G a)_j + a' G a
 
