@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
@@ -212,6 +213,45 @@ def bars_with_ci(ax: Axes, labels: Sequence[str], samples: Sequence[ArrayLike], 
     ax.set_xticks(range(len(labels)), labels)
     ax.grid(axis="x", visible=False)
     ax.set_ylabel(ylabel)
+
+
+def partition_map(
+    ax: Axes, counts: ArrayLike, clusters: ArrayLike, *, xlabel: str = "client", ylabel: str = "class"
+) -> None:
+    """Draw what each client of a federation holds: one dot a client and class, its area the number of rows.
+
+    counts: (clients, classes) rows; clusters: (clients,) cluster of each client, a thin line where it changes.
+    """
+    rows, cluster = np.asarray(counts, dtype=np.float64), np.asarray(clusters)
+    if rows.ndim != 2 or cluster.shape != rows.shape[:1]:
+        raise ValueError(f"counts has shape {rows.shape}, clusters {cluster.shape}: must be (N, classes) and (N,)")
+    n, classes = rows.shape
+    largest = max(float(rows.max(initial=0)), 1.0)
+    # the largest dot fills its cell (of the axes before labels take their room), and can be seen among 300 clients
+    inches = ax.get_position().size * ax.get_figure(root=True).get_size_inches()  # type: ignore[union-attr]
+    diameter = max(5.0, 0.9 * 72 * min(inches[0] / n, inches[1] / classes))
+    client, label = np.nonzero(rows)
+    colours = np.array(PALETTE)[cluster[client] % 7]
+    ax.scatter(client, label, s=diameter**2 * rows[client, label] / largest, c=colours, linewidths=0, clip_on=False)
+    borders = np.concatenate([[-0.5], np.flatnonzero(np.diff(cluster)) + 0.5, [n - 0.5]])
+    for border in borders[1:-1]:
+        ax.axvline(border, color=INK, linewidth=0.8)
+    if 2 < len(borders) < 20:
+        top = ax.secondary_xaxis("top")
+        names = cluster[(borders[:-1] + 0.5).astype(int)]
+        top.set_xticks((borders[:-1] + borders[1:]) / 2, [str(name) for name in names])
+        top.tick_params(length=0)
+        top.spines["top"].set_visible(False)
+        top.set_xlabel("cluster")
+    sizes = (float(f"{largest / part:.0e}") for part in (1.5, 6, 24))  # one digit
+    for size in sorted({max(1.0, size) for size in sizes}):
+        width = diameter * np.sqrt(size / largest)
+        ax.plot([], [], linestyle="none", marker="o", color=INK, mew=0, markersize=width, label=f"{size:g}")
+    ax.legend(title="rows", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    ax.set(xlim=(-0.5, n - 0.5), ylim=(classes - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+    for axis, count in ((ax.xaxis, n), (ax.yaxis, classes)):
+        axis.set_major_locator(FixedLocator(range(count)) if count <= 10 else MaxNLocator(integer=True))
+    ax.grid(False)
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:

@@ -21,10 +21,13 @@ def config(name, **changes):
     return OmegaConf.to_object(merged)
 
 
-def picture(index, size):
+SHAPES = {"mnist": (28, 28)}  # one channel: PIL's mode L
+
+
+def picture(index, shape):
     from PIL import Image
 
-    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8))
 
 
 def rows_of(name, count, first=0):
@@ -34,7 +37,10 @@ def rows_of(name, count, first=0):
         return {"translation": [{"de": f"Satz {i}", "en": f"sentence {i}"} for i in span]}
     if not c.label:
         return {"text": [f"line {i} of a text" for i in span]}
-    columns = {c.inputs: [picture(i, 32) for i in span], c.label: [i % c.classes for i in span]}
+    columns = {
+        c.inputs: [picture(i, SHAPES.get(name, (32, 32, 3))) for i in span],
+        c.label: [i % c.classes for i in span],
+    }
     return columns | ({"coarse_label": [i % 20 for i in span]} if name == "cifar100" else {})
 
 
@@ -78,7 +84,8 @@ def test_hub_set_runs_on_a_folder_of_its_schema(name, fixture_folder, no_network
         return
     values = tensors(splits["train"], [c.inputs, c.label])
     images = normalise(values[c.inputs], c.mean, c.std)
-    assert images.shape == (len(splits["train"]), 3, 32, 32) and images.dtype == torch.float32
+    channels, side = (1, 28) if name == "mnist" else (3, 32)
+    assert images.shape == (len(splits["train"]), channels, side, side) and images.dtype == torch.float32
     # uniform noise has mean 1/2 and standard deviation 1/sqrt(12) in every channel
     wanted = (0.5 - torch.tensor(c.mean)) / torch.tensor(c.std)
     assert torch.allclose(images.mean((0, 2, 3)), wanted, atol=0.05)
