@@ -6,13 +6,14 @@ at any step without stored state, and a seed's batches do not depend on its comp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from common.streams import generator
 
 SUBSET, ORDER, WINDOWS = 0, 1, 2  # independent random streams of one seed
 IGNORED = -100  # a target that no loss counts (torch's default)
@@ -46,18 +47,6 @@ def check_parts(batch_size: int, parts: int, world: int) -> None:
             f"task.batch_size={batch_size}: must be a multiple of {parts * world} "
             f"(task.accumulate={parts}, {world} processes)"
         )
-
-
-def key(seed: int, stream: int, index: int = 0) -> int:
-    """A 32-bit seed for one (seed, stream, index)."""
-    # hashed, because PyTorch's CPU generator reads only the low 32 bits of its seed
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-def generator(seed: int, stream: int, index: int = 0) -> torch.Generator:
-    """A CPU generator for one (seed, stream, index); distinct triples give unrelated streams."""
-    return torch.Generator().manual_seed(key(seed, stream, index))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Crops of images: of whole batches in memory (CIFAR), of single images of any size (ImageNet), and timm's for DeiT."""
+"""Crops of single images of any size (ImageNet), and timm's for DeiT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,26 +18,11 @@ if TYPE_CHECKING:
 Crop = Callable[["Image", int], Tensor]
 """Maps an image and a seed to a tensor (3, size, size), uint8 or normalised float32."""
 
-PAD = 4  # pixels around a CIFAR image before the random crop
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (Szegedy et al. 2015)
 TRIES = 10
 EVAL_RESIZE = 8 / 7  # 256 pixels on the short side for a crop of 224
 DEIT = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "re_prob": 0.25, "re_mode": "pixel"}
 DEIT_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random shift by up to 4 pixels and random mirror of each image, (B, C, H, W) -> the same shape."""
-    count, _, height, width = images.shape
-    padded = F.pad(images, (PAD,) * 4)
-    top, left = torch.randint(2 * PAD + 1, (2, count), generator=generator)
-    rows = top[:, None] + torch.arange(height)  # (B, H)
-    columns = left[:, None] + torch.arange(width)  # (B, W)
-    mirror = torch.rand(count, generator=generator) < 0.5
-    columns = torch.where(mirror[:, None], columns.flip(1), columns)
-    batch = torch.arange(count)[:, None, None]
-    index = tuple(i.to(images.device) for i in (batch, rows[:, :, None], columns[:, None, :]))
-    return padded.permute(0, 2, 3, 1)[index].permute(0, 3, 1, 2)
 
 
 def random_box(width: int, height: int, rng: torch.Generator) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.data import load, normalise, standardise, tensors, tokenise
+from common.data.augment import crop_and_flip
 from common.training import Run
 from rotational_optimizers.tasks.batches import (
     Batch,
@@ -19,7 +20,6 @@ from rotational_optimizers.tasks.batches import (
     eval_samples,
     eval_tokens,
 )
-from rotational_optimizers.tasks.images import crop_and_flip
 from rotational_optimizers.tasks.stream import ImageStream
 from rotational_optimizers.tasks.translation import TranslationSource, vocabulary
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rotational_optimizers.tasks.batches import ORDER, SUBSET, WINDOWS, Batch, Shard, generator, key
+from common.streams import generator, key
+from rotational_optimizers.tasks.batches import ORDER, SUBSET, WINDOWS, Batch, Shard
 from rotational_optimizers.tasks.images import Crop, centre_crop, deit_crop, deit_mix, random_crop, seeded
 
 if TYPE_CHECKING:

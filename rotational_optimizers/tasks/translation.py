@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from common.models.translation import PADDING
-from rotational_optimizers.tasks.batches import IGNORED, ORDER, SUBSET, Batch, Shard, generator
+from common.streams import generator
+from rotational_optimizers.tasks.batches import IGNORED, ORDER, SUBSET, Batch, Shard
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.data.augment import crop_and_flip
 from common.models.translation import PADDING, TranslationTransformer
+from common.streams import generator
 from rotational_optimizers.config import NetworkTaskConfig
 from rotational_optimizers.tasks.batches import (
     IGNORED,
@@ -17,9 +19,8 @@ from rotational_optimizers.tasks.batches import (
     check_parts,
     eval_samples,
     eval_tokens,
-    generator,
 )
-from rotational_optimizers.tasks.images import centre_crop, crop_and_flip, random_box, random_crop
+from rotational_optimizers.tasks.images import centre_crop, random_box, random_crop
 from rotational_optimizers.tasks.network import losses
 from rotational_optimizers.tasks.stream import _Order
 from rotational_optimizers.tasks.translation import END, collate, token_batches
