@@ -1,4 +1,4 @@
-"""Independent random streams of one seed, so that a draw depends on (seed, stream, index) and on nothing drawn before."""
+"""Independent random streams of one seed: a draw depends on (seed, stream, index), not on what was drawn before."""
 
 import hashlib
 
