@@ -341,6 +341,8 @@ class EstimationConfig:
 class TrialConfig(CommonConfig):
     """One trial: a task, a method, attackers, data with its partition and a network, and its seeds."""
 
+    max_steps: int | None = None
+    """Cut the trial to this many training steps or Monte Carlo draws, to try it out; null: as long as the task says."""
     task: Any = field(default_factory=ImagesConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
@@ -350,6 +352,11 @@ class TrialConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        limit = self.max_steps
+        check("max_steps", limit, limit is None or limit >= 1, ">= 1, or null")
+        for key in ("steps", "draws"):
+            if limit is not None and hasattr(self.task, key):
+                setattr(self.task, key, min(limit, getattr(self.task, key)))
         # gradients of all clients come from torch.func, without autocast
         check("precision", self.precision, self.precision == "fp32", "fp32")
 

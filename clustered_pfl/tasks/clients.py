@@ -72,8 +72,8 @@ class Clients:
         self.clusters = torch.from_numpy(first[0].clusters).to(self.device)  # (N,), the same for every seed
         self.turns = torch.from_numpy(first[0].quarter_turns).to(self.device)
         self.shift = torch.from_numpy(first[0].label_shift).to(self.device)
-        self.sizes = torch.from_numpy(first[0].sizes)
-        self.samples = int(self.sizes.min())
+        self.label_counts = first[0].label_counts(train.y.cpu()).tolist()
+        self.samples = int(first[0].sizes.min())
         self.rows = self._rows(first)  # (R, N, n)
         # every view of the training images, once
         self.views = torch.stack([partition.turn(train.x, k) for k in range(int(self.turns.max()) + 1)])  # (V, n, ...)
@@ -121,11 +121,11 @@ class Clients:
             x, y = torch.cat([x, x[:, self.copies]], 1), torch.cat([y, hostile], 1)
         return x, y
 
-    def seen(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Training rows (R, N, B) as their clients see them."""
-        turns = self.turns[None, :, None]
+    def seen(self, rows: Tensor, clients: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Training rows (R, c, B) as the given clients see them."""
+        turns = self.turns[None, clients, None]
         labels = self.splits["train"].y[rows]
-        return self.views[turns, rows], (labels + self.shift[:, None]) % self.config.data.classes
+        return self.views[turns, rows], (labels + self.shift[clients, None]) % self.config.data.classes
 
     def test_rows(self, split: str) -> Tensor:
         """Rows of a split that each client is tested on, (N, t); -1 fills up where clients have unlike many."""

@@ -40,7 +40,8 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         One dict a seed: of the evaluated split, `<split>_accuracy` and `<split>_loss` (nats; mean over clients,
         weighted by their test rows) and `<split>_worst` (accuracy of the worst client); of the last clustering,
         `precision`, `recall` and `tau` (means over clients); of IFCA and HypCluster, `occupied` (models with clients)
-        and `exact` (1 when the clusters are the true ones). In the history: accuracy and loss on the validation split.
+        and `exact` (1 when the clusters are the true ones); `label_counts` of the first seed's partition, (N, classes).
+        In the history: accuracy and loss on the validation split.
     """
     run_ = setup(config.threads, config.device, config.precision, seed=config.seed)
     task, seeds = config.task, trial.seeds
@@ -61,8 +62,10 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         done = step + 1
         if done % task.log_every and done < task.steps:
             continue
-        found = {f"validation/{k}": v for k, v in evaluate(federation, "validation").items() if k != "worst"}
-        trial.log(found | {f"clustering/{k}": v for k, v in watch(federation, report, clients.clusters).items()}, done)
+        found = {f"clustering/{k}": v for k, v in watch(federation, report, clients.clusters).items()}
+        if "validation" in clients.splits:
+            found |= {f"validation/{k}": v for k, v in evaluate(federation, "validation").items() if k != "worst"}
+        trial.log(found, step=done)
         trial.progress(done, task.steps)
         if done < task.steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
             save_checkpoint(trial.folder, plain, step=done, extra=federation.state_dict())
@@ -70,7 +73,8 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     metrics = {f"{task.evaluate}_{k}": v for k, v in evaluate(federation, task.evaluate).items()}
     metrics |= watch(federation, report, clients.clusters)
     rows = [{"seed": seed} | {k: v[i].item() for k, v in metrics.items()} for i, seed in enumerate(seeds)]
-    return [row | {"diverged": not math.isfinite(row[f"{task.evaluate}_loss"])} for row in rows]
+    counts = clients.label_counts
+    return [row | {"diverged": not math.isfinite(row[f"{task.evaluate}_loss"]), "label_counts": counts} for row in rows]
 
 
 def network_of(config: TrialConfig, shape: torch.Size, seed: int = 0) -> nn.Module:
@@ -129,7 +133,7 @@ class Evaluation:
         self.config, self.clients = config, clients
         self.network = network.eval() if config.model.dropout == 0 else network
         self.forward = vmap(lambda params, x: functional_call(self.network, params, (x,)))
-        self.rows = {split: clients.test_rows(split) for split in ("validation", "test")}
+        self.rows = {split: clients.test_rows(split) for split in clients.splits if split != "train"}
 
     @torch.no_grad()
     def __call__(self, federation: Federation, split: str) -> dict[str, Tensor]:
@@ -162,7 +166,7 @@ class Evaluation:
             return logits.log_softmax(-1)
         c, rows = self.config.method, self.clients.rows[:, part]  # (R, c, n)
         kept = round((1 - HELD_OUT) * rows.shape[-1])
-        memory, labels = self.clients.seen(rows)
+        memory, labels = self.clients.seen(rows, part)
         features = self._logits(federation, flat, memory)  # (R, c, n, classes): the network's output, as in the code
         stored, held = features[..., :kept, :], features[..., kept:, :]
         k = min(c.neighbours, kept)
