@@ -32,10 +32,10 @@ $(READY): requirements.lock pyproject.toml
 
 test: $(READY)  ## lint, types, import rules and every test (two workers)
 	@$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup common $(PAPERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile common $(PAPERS) $(ARGS)
 
 test-%: $(READY)  ## the tests of one paper
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $* $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $* $(ARGS)
 
 lint: $(READY)  ## ruff, mypy and the import rules
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy common $(PAPERS) && $(VENV)/bin/lint-imports

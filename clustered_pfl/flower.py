@@ -184,10 +184,10 @@ class ThresholdClusteringStrategy(FedAvg):
 
     def _answered(self, replies: Iterable[Message], stage: str) -> list[Message]:
         """Replies with content; errors are logged."""
-        failed, answered = [], []
-        for message in replies:
-            (failed if message.has_error() else answered).append(message)
-        if failed or answered:
+        replies = list(replies)
+        failed = [message for message in replies if message.has_error()]
+        answered = [message for message in replies if message.has_content()]
+        if replies:
             _logger.info("%s: Received %d results and %d failures", stage, len(answered), len(failed))
         for message in failed:
             node, reason = message.metadata.src_node_id, message.error.reason
@@ -237,16 +237,11 @@ class ThresholdClusteringStrategy(FedAvg):
         assert self._layout is not None
         nodes = list(updates)
         points = torch.stack([updates[node].delta for node in nodes])  # (N, D)
-        norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float64)
-        points[~norms.isfinite()] = torch.nan  # also where only a square overflows
-        # the first start is the origin of the clustering's arithmetic: with the shortest update there, which no attacker
-        # can make long, rounding errors are small beside the honest updates
-        order = norms.nan_to_num(torch.inf).argsort().tolist()
-        ranked = [(nodes[j], j) for j in order if nodes[j] in sent]
-        starts = points[[j for _, j in ranked]]  # (K, D)
+        owners = [node for node in nodes if node in sent]
+        starts = points[[nodes.index(owner) for owner in owners]]  # (K, D)
         options: dict[str, Any] = {"radius": self.radius, "rounds": self.rounds, "normalize": self.normalize}
         found = threshold_clustering(points, starts, **options)
-        for (owner, _), center, members in zip(ranked, found.centers, found.members.tolist(), strict=True):
+        for owner, center, members in zip(owners, found.centers, found.members.tolist(), strict=True):
             self.members[owner] = dict(zip(nodes, members, strict=True))
             moved = self._layout.record(sent[owner] + center, updates[owner].record)
             if self._flat(moved).isfinite().all():  # as written: float16 overflows early

@@ -230,8 +230,7 @@ CLAIMS = [
         id="C3.code",
         title="The official code's deviations change the numbers",
         statement="Minimising minus the probability instead of the cross-entropy lowers accuracy, dealing rows anew "
-        "every "
-        "epoch lifts local training, and equal starts ruin IFCA.",
+        "every epoch lifts local training, and equal starts ruin IFCA.",
         source="official MNIST and CIFAR code; our arms",
         paper_value=UNKNOWN,
         experiments=("official", "table1"),
@@ -294,8 +293,7 @@ CLAIMS = [
         control=swap_arms("fig5", "fc", "local"),
         figure=figures.label_groups,
         caption="Above: rows of the first seed's clients by class. Below: accuracy on the clients' own classes, "
-        "digits, five "
-        f"clusters of two classes. {BANDS}",
+        f"digits, five clusters of two classes. {BANDS}",
     ),
     Claim(
         id="C5.cifar",

@@ -103,8 +103,7 @@ CLAIMS = [
         id="C1",
         title="Synthetic regression: FC ends closer than Local, Local than Global",
         statement="With over-parameterised clients, Federated-Clustering ends nearer to each client's optimum than "
-        "local "
-        "training, and local training nearer than one global model.",
+        "local training, and local training nearer than one global model.",
         source="figure 3, read by eye",
         paper_value="after 800 rounds FC 1.5e-4, as GT, .018; Local .12, .09, .12; Global 190, 140, 190",
         experiments=("fig3",),
@@ -139,8 +138,7 @@ CLAIMS = [
         id="C1.ifca",
         title="FC ends closer than a correctly indexed, tuned IFCA",
         statement="Federated-Clustering ends nearer to the optima than IFCA from the same start, even when IFCA's "
-        "models "
-        "are indexed as meant and its rate is tuned in each panel.",
+        "models are indexed as meant and its rate is tuned in each panel.",
         source="figure 3; indexing and tuning are ours",
         paper_value="IFCA .012, .25 and 150 (with its official indexing)",
         experiments=("fig3",),
@@ -165,38 +163,50 @@ CLAIMS = [
     ),
     Claim(
         id="C2",
-        title="Gradient distances are bounded within clusters, large between them",
-        statement="At a common model the gradients of a cluster differ by a bounded multiple A of their mean, and "
-        "those "
-        "of different clusters by much more, throughout training.",
-        source="figure 2, numbers in its legend",
-        paper_value="largest A² 10.2; least Δ² 2.2e7",
+        title="Gradient distances within clusters are bounded",
+        statement="At a common model the gradients of a cluster differ by a bounded multiple A of their mean, "
+        "throughout training.",
+        source="figure 2, number in its legend",
+        paper_value="largest A² 10.2",
         experiments=("fig2",),
         parts={
             "largest A² over clients and epochs below 100": assumption("intra_max", 100.0, "A²"),
             "log A² of every cluster rises at most .01 an epoch": assumption("intra_slope", 0.01, "an epoch"),
-            "least Δ² above 1000 × the largest squared distance within": separation(1e3),
         },
         control=Control(
-            "within- and between-cluster distances exchanged",
+            "A² exchanged for Δ²",
             lambda records: records.replace(
-                "fig2",
-                records["fig2"].assign(
-                    intra_max=records["fig2"]["inter_min"],
-                    inter_min=records["fig2"]["intra_distance_max"],
-                    intra_distance_max=records["fig2"]["inter_min"],
-                ),
+                "fig2", records["fig2"].assign(intra_max=records["fig2"]["inter_min"], intra_slope=0.1)
             ),
         ),
         figure=figures.assumptions,
         caption=f"All gradients at client 0's model, 300 clients, ground-truth training at rate 1e-4. {BANDS}",
     ),
     Claim(
+        id="C2.separation",
+        title="Gradients of different clusters are far apart",
+        statement="At a common model the least squared distance between clients of different clusters is a thousand "
+        "times the largest one within a cluster.",
+        source="figure 2, number in its legend; the factor is ours",
+        paper_value="least Δ² 2.2e7, flat over epochs",
+        experiments=("fig2",),
+        parts={"least Δ² above 1000 × the largest squared distance within": separation(1e3)},
+        control=Control(
+            "distances within and between exchanged, and those within as small as one",
+            lambda records: records.replace(
+                "fig2", records["fig2"].assign(inter_min=1.0, intra_distance_max=records["fig2"]["inter_min"])
+            ),
+        ),
+        caption="See the figure of C2.",
+        note="Gradients grow with the cluster's index (inputs lie around (k, ..., k)), so the scatter within the last "
+        "cluster exceeds the gap between the first two. Our Δ² are about n² = 81 times below the legend's, as if its "
+        "gradients were sums over the 9 samples; ratios do not depend on that.",
+    ),
+    Claim(
         id="C4.cliff",
         title="Synthetic: a cliff just above quantile 1/K",
         statement="On the synthetic problem FC converges for quantiles up to about 1/K, slowly for small ones, and "
-        "goes to "
-        "the global mean above.",
+        "goes to the global mean above.",
         source="our test of figure 4's question on figure 3's problem",
         paper_value=UNKNOWN,
         experiments=("cliff",),

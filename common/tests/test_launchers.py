@@ -18,7 +18,6 @@ LAUNCHERS = {
     "subprocesses": "hydra_plugins.hydra_submitit_launcher",
     "ray_local": "hydra_plugins.hydra_ray_launcher",
 }
-pytestmark = pytest.mark.xdist_group("launchers")  # one sweep is the reference of the whole file
 SWEEP = ["-m", OFF, "n_seeds=2", "steps=4", "optimizer.lr=0.1,0.3,5"]
 
 

@@ -17,7 +17,6 @@ from common.trials import TrialStore
 
 from fixture_paper.train import main as cli  # isort: skip
 
-pytestmark = pytest.mark.xdist_group("reproduce")  # one finished reproduction serves the whole file
 REPORT = PAPER / "report.json"
 
 
