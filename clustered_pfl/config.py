@@ -68,6 +68,8 @@ class MethodConfig:
     """Random groups that cluster separately (G)."""
     local_steps: int = 1
     """Steps of which the last one clusters (federated_clustering) or averages (ifca model, hypcluster) (s)."""
+    memory_mb: float = 16.0
+    """Answers that federated_clustering holds at once, in 10^6 bytes; a small cache's worth on a CPU."""
     alpha: float = 0.1
     """Weight of the new gradient in the clients' momentum (momentum_clustering)."""
     centers: int | None = None
@@ -101,6 +103,7 @@ class MethodConfig:
         for key in ("groups", "local_steps", "neighbours"):
             check(f"method.{key}", getattr(self, key), getattr(self, key) >= 1, ">= 1")
         check("method.rounds", self.rounds, self.rounds >= 0, ">= 0")
+        check("method.memory_mb", self.memory_mb, self.memory_mb > 0, "> 0")
         check("method.alpha", self.alpha, 0 < self.alpha <= 1, "in (0, 1]")
         for key in ("centers", "models"):
             value = getattr(self, key)

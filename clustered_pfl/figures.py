@@ -163,9 +163,10 @@ def label_groups(records: Records) -> Figure:
 
 
 def attacks(records: Records) -> Figure:
-    """Accuracy of every method under every attack."""
+    """Accuracy of every method under every attack; FC under fewer adaptive attackers as their number."""
     frame = records["fig6"]
-    arms = list(dict.fromkeys(frame["arm"]))
+    few = {"fc_5": 5, "fc_2": 2}
+    arms = [arm for arm in dict.fromkeys(frame["arm"]) if arm not in few]
     kinds = [k for k in ATTACK_NAMES if (frame["attack.name"] == k).any()]
     figure, ax = new(height=4.6)
     for i, arm in enumerate(arms):
@@ -173,15 +174,16 @@ def attacks(records: Records) -> Figure:
         at = [j for j, k in enumerate(kinds) if (own["attack.name"] == k).any()]
         ends = [interval(100 * own["test_accuracy"][own["attack.name"] == kinds[j]].to_numpy(float)) for j in at]
         mean, low, high = (np.array(part, dtype=float) for part in zip(*ends, strict=True))
-        style: Any = look(i) | {"linestyle": "none"}
-        ax.errorbar(
-            np.array(at) + 0.1 * (i - 2.5), mean, yerr=[mean - low, high - mean], capsize=3, label=name(arm), **style
-        )
+        x, style = np.array(at) + 0.1 * (i - len(arms) / 2), look(i) | {"linestyle": "none"}
+        ax.errorbar(x, mean, yerr=[mean - low, high - mean], capsize=3, label=name(arm), **style)  # type: ignore[arg-type]
+    for arm, count in few.items():
+        x, mean = kinds.index("inside_radius") - 0.4, 100 * values(frame, arm, "test_accuracy").mean()
+        ax.plot(x, mean, marker=f"${count}$", color=INK, markersize=9, linestyle="none", label=name(arm))
     ax.axhline(10, color=INK, linewidth=1, linestyle=":")
     ax.set_xticks(range(len(kinds)), [ATTACK_NAMES[k].replace(" ", "\n", 1) for k in kinds])
     ax.set_xlabel("attack by 10 of 50 clients")
     ax.set_ylabel("test accuracy (%)")
-    _legend_below(figure, ax, 3)
+    _legend_below(figure, ax, 4)
     return figure
 
 

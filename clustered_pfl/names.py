@@ -2,6 +2,8 @@
 
 ARM_NAMES = {
     "fc": "FC",
+    "fc_5": "FC, 5 attackers",
+    "fc_2": "FC, 2 attackers",
     "mc": "MC",
     "ground_truth": "ground truth",
     "local": "Local",

@@ -45,7 +45,7 @@ def build(config: TrialConfig, loss: Loss, starts: Params, clusters: Tensor, see
         raise ValueError(f"attack.name={config.attack.name}: must be none for method.name={c.name}")
     match c.name:
         case "federated_clustering":
-            how = {"groups": c.groups, "local_steps": c.local_steps}
+            how = {"groups": c.groups, "local_steps": c.local_steps, "memory_mb": c.memory_mb}
             return FederatedClustering(loss, starts, **shared, **momentum, **clustering, **attack, **how)  # type: ignore[arg-type]
         case "momentum_clustering":
             how = {"alpha": c.alpha, "clusters": c.centers}  # type: ignore[dict-item]
