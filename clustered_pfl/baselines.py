@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clustered_pfl.attacks import Attack, Exchange
-from clustered_pfl.federation import Federation, Loss, check, mean_by, take
+from clustered_pfl.federation import Federation, Loss, check, mean_by, take, whole
 from clustered_pfl.radius import Fixed
 
 Aggregator = Callable[[Tensor], Tensor]
@@ -82,7 +82,7 @@ class Global(Federation):
     ) -> None:
         super().__init__(loss, params, lr=lr, **shared)
         replicas, n, _ = self.models.shape
-        check("n_byzantine", n_byzantine, n_byzantine >= 0, ">= 0")
+        check("n_byzantine", n_byzantine, whole(n_byzantine, 0), "an integer >= 0")
         self.aggregate, self.n_byzantine, self.attack = aggregate, n_byzantine, attack
         self.chosen = torch.zeros(replicas, n, dtype=torch.long, device=self.models.device)
         self.models = self.models.mean(1, keepdim=True)  # (R, 1, D)
@@ -135,8 +135,8 @@ class IFCA(Federation):
     ) -> None:
         super().__init__(loss, models, lr=lr, **shared)
         check("variant", repr(variant), variant in ("gradient", "model"), "'gradient' or 'model'")
-        allowed = local_steps >= 1 and (variant == "model" or local_steps == 1)
-        check("local_steps", local_steps, allowed, ">= 1, and 1 for variant='gradient'")
+        allowed = whole(local_steps, 1) and (variant == "model" or local_steps == 1)
+        check("local_steps", local_steps, allowed, "an integer >= 1, and 1 for variant='gradient'")
         self.variant, self.local_steps = variant, local_steps
         self.chosen: Tensor | None = None
         self.working: Tensor | None = None
@@ -149,7 +149,8 @@ class IFCA(Federation):
 
     def choose(self, batches: Any) -> Tensor:
         """The model with the least loss for each client, (R, N); a loss that is not finite is the worst."""
-        return self.losses(batches).nan_to_num(nan=torch.inf).argmin(1)
+        losses = self.losses(batches)  # (R, K, N)
+        return torch.where(losses.isfinite(), losses, torch.inf).argmin(1)
 
     def step(self, batches: Any, selection: Any = None) -> Tensor:
         """One step; clients choose by the loss on `selection` (batches like the others; default: the same).
@@ -218,7 +219,7 @@ class Ditto(Federation):
 class KNNPer(Global):
     """kNN-Per (Marfoq et al. 2022): the global model's prediction mixed with that of nearest neighbours in local data.
 
-    Training is that of `Global`; `predict` mixes, `mixture` chooses each client's weight on held-out data.
+    Training is that of `Global`; `predict` mixes. Each client's weight is chosen on held-out data.
     """
 
     @staticmethod
@@ -237,7 +238,8 @@ class KNNPer(Global):
         Returns: (..., Q, C).
         """
         check("neighbours", neighbours, 1 <= neighbours <= memory.shape[-2], f"in [1, {memory.shape[-2]}]")
-        distances, nearest = torch.cdist(features, memory).topk(neighbours, largest=False)  # (..., Q, k)
+        distances = torch.cdist(features, memory, compute_mode="donot_use_mm_for_euclid_dist")
+        distances, nearest = distances.topk(neighbours, largest=False)  # (..., Q, k)
         weight = torch.softmax(-distances.square(), -1)
         labels = memory_labels[..., None, :].expand(*distances.shape[:-1], -1).gather(-1, nearest)
         near = torch.zeros_like(logits).scatter_add(-1, labels, weight)

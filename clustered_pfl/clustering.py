@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clustered_pfl.attacks import Attack, Exchange
-from clustered_pfl.federation import Federation, Loss, check
+from clustered_pfl.federation import Federation, Loss, check, whole
 from clustered_pfl.radius import Quantile, Radius
 from clustered_pfl.threshold import threshold_clustering
 
@@ -62,15 +62,15 @@ class FederatedClustering(Federation):
         local_steps: int = 1,
         n_byzantine: int = 0,
         attack: Attack | None = None,
-        memory_mb: float = 16.0,
+        memory_mb: float = 8.0,
         **shared: Any,
     ) -> None:
         super().__init__(loss, params, lr=lr, **shared)
         n = self.models.shape[1]
-        check("rounds", rounds, rounds >= 0, ">= 0")
-        check("local_steps", local_steps, local_steps >= 1, ">= 1")
-        check("n_byzantine", n_byzantine, n_byzantine >= 0, ">= 0")
-        divides = groups >= 1 and n % groups == 0 and n_byzantine % groups == 0
+        check("rounds", rounds, whole(rounds, 0), "an integer >= 0")
+        check("local_steps", local_steps, whole(local_steps, 1), "an integer >= 1")
+        check("n_byzantine", n_byzantine, whole(n_byzantine, 0), "an integer >= 0")
+        divides = whole(groups, 1) and n % groups == 0 and n_byzantine % groups == 0
         check("groups", groups, divides, f">= 1, a divisor of {n} clients and of n_byzantine={n_byzantine}")
         check("memory_mb", memory_mb, memory_mb > 0, "> 0")
         self.radius, self.rounds, self.groups, self.local_steps = radius, rounds, groups, local_steps
@@ -82,10 +82,14 @@ class FederatedClustering(Federation):
         Args:
             batches: one batch a client, leaves (N, ...), or (N + b, ...) when Byzantine clients poison their data.
         """
+        n = self.models.shape[1]
+        answering = n + self.n_byzantine if self.attack is None else n
         batches = self.lift(batches)
+        for leaf in pytree.tree_leaves(batches):
+            fits = leaf.shape[:2] == (len(self.models), answering)
+            check("batches", f"{list(self.lower(leaf).shape)}", fits, f"({answering}, ...), one row a client")
         self.steps += 1
         if self.steps % self.local_steps:
-            n = self.models.shape[1]
             self.descend(self.gradients(self.models, pytree.tree_map(lambda x: x[:, :n], batches)))
             return Round(None, None)
         estimates, members, radii = self.estimate(batches)
@@ -126,12 +130,15 @@ class FederatedClustering(Federation):
         return dealt.to(self.models.device).unflatten(1, (self.groups, count // self.groups))
 
     def _slices(self, answering: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Replicas, groups and models to work on at once within the memory; one replica at a time under attack."""
+        """Replicas, groups and models to work on at once within the memory.
+
+        Under attack one group of one replica at a time: attackers draw the same numbers whoever else is simulated.
+        """
         replicas, n, d = self.models.shape
         size = n // self.groups
         row = max(1, answering) * d * self.models.element_size()
         most = max(1, int(self.memory_mb * 1e6 / row))  # models at once
-        if replicas * n <= most and (self.attack is None or replicas == 1):
+        if replicas * n <= most and (self.attack is None or replicas * self.groups == 1):
             yield slice(None), slice(None), slice(None)
             return
         for r in range(replicas):
@@ -184,9 +191,10 @@ class MomentumClustering(Federation):
         super().__init__(loss, params, lr=lr, momentum=0.0, **shared)
         n = self.models.shape[1]
         check("alpha", alpha, 0 < alpha <= 1, "in (0, 1]")
-        check("rounds", rounds, rounds >= 0, ">= 0")
-        check("clusters", clusters, clusters is None or 1 <= clusters <= n, f"in [1, {n}], or None")
-        check("n_byzantine", n_byzantine, n_byzantine >= 0, ">= 0")
+        check("rounds", rounds, whole(rounds, 0), "an integer >= 0")
+        few = clusters is None or (whole(clusters, 1) and clusters <= n)
+        check("clusters", clusters, few, f"an integer in [1, {n}], or None")
+        check("n_byzantine", n_byzantine, whole(n_byzantine, 0), "an integer >= 0")
         self.alpha, self.radius, self.rounds, self.clusters = alpha, radius, rounds, clusters
         self.n_byzantine, self.attack = n_byzantine, attack
         self.momenta: Tensor | None = None
@@ -206,7 +214,7 @@ class MomentumClustering(Federation):
         estimates, members, radii = found.centers, found.members, found.radii
         if self.clusters is not None:
             self.centers = found.centers
-            own = torch.cdist(self.momenta[:, :n], found.centers).argmin(-1)  # (R, N)
+            own = _distances(self.momenta[:, :n], found.centers).argmin(-1)  # (R, N)
             estimates = found.centers.gather(1, own[..., None].expand(-1, -1, estimates.shape[-1]))
             members = members.gather(1, own[..., None].expand(-1, -1, members.shape[-1]))
             radii = radii.gather(2, own.expand(self.rounds, *own.shape))
@@ -231,11 +239,19 @@ class MomentumClustering(Federation):
 
 
 def spread(points: Tensor, count: int) -> Tensor:
-    """Farthest-first traversal: `count` of the points (R, N, D), each as far as possible from those before it."""
-    chosen = points[:, :1]
-    gap = torch.cdist(points, chosen)[..., 0]  # (R, N)
-    for _ in range(count - 1):
-        far = points.gather(1, gap.argmax(1)[:, None, None].expand(-1, 1, points.shape[-1]))
-        chosen = torch.cat([chosen, far], 1)
-        gap = torch.minimum(gap, torch.cdist(points, far)[..., 0])
-    return chosen
+    """Farthest-first traversal: `count` of the points (R, N, D), each as far as possible from those before it.
+
+    The first finite point comes first; points that are not finite come last.
+    """
+    gap = torch.where(points.isfinite().all(-1), torch.inf, -1.0)  # (R, N) distance to the nearest one chosen
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        chosen.append(points.gather(1, gap.argmax(1)[:, None, None].expand(-1, 1, points.shape[-1])))
+        gap = torch.minimum(gap, _distances(points, chosen[-1])[..., 0])
+    return torch.cat(chosen, 1)
+
+
+def _distances(points: Tensor, centers: Tensor) -> Tensor:
+    """(R, N, D) to (R, K, D) -> (R, N, K), infinite where one is not finite."""
+    found = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.where(found.isnan(), torch.inf, found)

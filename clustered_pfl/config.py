@@ -68,7 +68,7 @@ class MethodConfig:
     """Random groups that cluster separately (G)."""
     local_steps: int = 1
     """Steps of which the last one clusters (federated_clustering) or averages (ifca model, hypcluster) (s)."""
-    memory_mb: float = 16.0
+    memory_mb: float = 8.0
     """Answers that federated_clustering holds at once, in 10^6 bytes; a small cache's worth on a CPU."""
     alpha: float = 0.1
     """Weight of the new gradient in the clients' momentum (momentum_clustering)."""

@@ -26,10 +26,10 @@ def module_loss(module: nn.Module, criterion: Callable[..., Tensor]) -> Loss:
     """Make a `Loss` of a module: a batch is a tuple (inputs ..., target), the loss criterion(module(inputs), target).
 
     Raises:
-        ValueError: the module has batch-norm statistics, which clients cannot share; use GroupNorm.
+        ValueError: the module has running statistics (batch norm), which clients cannot share; use GroupNorm.
     """
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in module.modules()):
-        raise ValueError(f"module={type(module).__name__}: has batch-norm statistics, GroupNorm has none")
+    if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in module.modules()):
+        raise ValueError(f"module={type(module).__name__}: has running statistics (batch norm), GroupNorm has none")
 
     def loss(params: Params, batch: Any) -> Tensor:
         *inputs, target = batch
@@ -69,7 +69,8 @@ class Layout:
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """(..., shape) each -> (..., D), a new tensor."""
         lead = {name: p.ndim - len(self.shapes[name]) for name, p in params.items()}
-        return torch.cat([params[name].flatten(lead[name]) for name in self.shapes], -1).detach().clone()
+        rows = [params[name].reshape(*params[name].shape[: lead[name]], -1) for name in self.shapes]
+        return torch.cat(rows, -1).detach().clone()
 
     def unflatten(self, flat: Tensor) -> Params:
         """(..., D) -> views (..., shape) each."""
@@ -122,11 +123,8 @@ class Federation:
         self._vector_loss = lambda flat, batch: loss(self.layout.unflatten(flat), batch)
         one = grad(self._vector_loss)
         self._own = vmap(one, randomness="different")
-        self._pairs = vmap(
-            vmap(vmap(one, (None, 0), randomness="different"), (0, None), randomness="different"),
-            randomness="different",
-        )
-        self._pair_losses = vmap(vmap(vmap(self._vector_loss, (None, 0)), (0, None)))
+        self._pairs = _pairwise(one)
+        self._pair_losses = _pairwise(self._vector_loss)
 
     def assignment(self) -> Tensor | None:
         """Which model each client uses, (R, N); None: client i uses model i."""
@@ -154,9 +152,11 @@ class Federation:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
+        for name in [k for k, v in vars(self).items() if isinstance(v, Tensor) and k not in state]:
+            setattr(self, name, None)  # not yet there at that time
         for name, value in state.items():
             if name != "generators":
-                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+                setattr(self, name, value.to(self.models.device, copy=True) if isinstance(value, Tensor) else value)
         for generator, value in zip(self.generators, state["generators"], strict=True):
             generator.set_state(value)
 
@@ -191,6 +191,13 @@ class Federation:
         self.models.add_(self.velocity, alpha=-self.lr)
 
 
+def _pairwise(function: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    """Every model on every client's batch: flat (R, K, D), batches (R, N, ...) -> (R, K, N, ...)."""
+    each = vmap(vmap(function, (None, 0), randomness="different"), randomness="different")
+    # models outermost: torch's batching rule of mse_loss breaks where the target lacks an inner level
+    return vmap(each, (1, None), out_dims=1, randomness="different")
+
+
 def take(models: Tensor, chosen: Tensor) -> Tensor:
     """Rows of models (R, K, D) by chosen (R, N) -> (R, N, D)."""
     return models.gather(1, chosen[..., None].expand(-1, -1, models.shape[-1]))
@@ -210,6 +217,11 @@ def check(name: str, value: object, ok: bool, allowed: str) -> None:
     """Raise ValueError `name=value: must be allowed` unless ok."""
     if not ok:
         raise ValueError(f"{name}={value}: must be {allowed}")
+
+
+def whole(value: object, least: int) -> bool:
+    """Whether value is an integer >= least."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_params(params: Mapping[str, Tensor], lead: int) -> None:

@@ -57,8 +57,8 @@ class Quantile:
             raise ValueError(f"factor={self.factor}: must be > 0 and finite")
 
     def rank(self, n: int) -> int:
-        """floor(q n), with q n rounded first: 0.29 * 100 is 29, not 28."""
-        return math.floor(round(self.q * n, 9))
+        """floor(q n), at most n - 1, with q n rounded first: 0.29 * 100 is 29, not 28."""
+        return min(math.floor(round(self.q * n, 9)), n - 1)
 
     def __call__(self, distances: Tensor) -> Tensor:
         """Give tau (...) for distances (..., N)."""
@@ -120,7 +120,9 @@ class TwoMeans:
             + (last - total[..., second]).square() / tail
         )
         score = torch.where(second < count[..., None], score, -math.inf)
-        best = score.argmax(-1, keepdim=True)
+        # of cuts that are equally good but for rounding, the first
+        least = score.amax(-1, keepdim=True) * (1 - TIE_ULPS * torch.finfo(score.dtype).eps)
+        best = (score >= least).byte().argmax(-1, keepdim=True)
         i, j = first[best], second[best]
         middle = (total.gather(-1, j) - total.gather(-1, i)) / (j - i)
         outer = (last - total.gather(-1, j)) / (count[..., None] - j).clamp_min(1)

@@ -106,10 +106,10 @@ class Clients:
             draws = [torch.rand(shape, generator=generator(s, ORDER, epoch)).argsort(1) for s in self.seeds]
             self._order = self.rows.gather(2, torch.stack(draws).to(self.device))
             self._epoch = epoch
-        begin = position * self.batch_size
-        rows = self._order[..., begin : begin + self.batch_size]  # (R, N, B)
-        if rows.shape[-1] < self.batch_size:  # fewer rows than a batch are left: begin again
-            rows = torch.cat([rows, self._order[..., : self.batch_size - rows.shape[-1]]], -1)
+        begin, size = position * self.batch_size, min(self.batch_size, self._order.shape[-1])
+        rows = self._order[..., begin : begin + size]  # (R, N, B)
+        if rows.shape[-1] < size:  # fewer rows than a batch are left: begin again
+            rows = torch.cat([rows, self._order[..., : size - rows.shape[-1]]], -1)
         x, y = self.seen(rows)
         if self.config.task.augment:
             at = 0 if self.config.task.repeat_noise else step

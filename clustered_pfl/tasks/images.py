@@ -156,7 +156,7 @@ class Evaluation:
             counts[:, part] = real.double().sum(-1)
         self.network.train(training)
         total = counts.sum(-1)
-        worst = (hits / counts).amin(-1)
+        worst = torch.where(counts > 0, hits / counts, 1.0).amin(-1)  # a client may have no test rows
         return {"accuracy": hits.sum(-1) / total, "loss": losses.sum(-1) / total, "worst": worst}
 
     def _log_probabilities(self, federation: Federation, flat: Tensor, x: Tensor, part: slice) -> Tensor:

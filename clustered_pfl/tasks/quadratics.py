@@ -96,15 +96,17 @@ def _starts(config: TrialConfig, optima: Tensor, seed: int) -> Tensor:
         point = task.start_std * torch.randn(task.dim, generator=rng, dtype=torch.float64)
         return point.expand(task.clusters * task.clients, -1)
     count = c.models or task.clusters
-    points = task.start_std * torch.randn(count, task.dim, generator=rng, dtype=torch.float64)
+    points = torch.randn(count, task.dim, generator=rng, dtype=torch.float64)
     if c.start == "crowded":  # one amid the optima, the others far away on all sides
         away = points / points.norm(dim=1, keepdim=True)
         return torch.cat([torch.zeros_like(points[:1]), 10 * task.separation * away[1:]])
     if c.start == "oracle":
-        return optima + 0.1 * points / task.start_std
+        if count != task.clusters:
+            raise ValueError(f"method.models={count}: must be task.clusters={task.clusters} for method.start=oracle")
+        return optima + 0.1 * points
     if c.start != "random":
         raise ValueError(f"method.start={c.start}: must be random, crowded or oracle for quadratics")
-    return points
+    return task.start_std * points
 
 
 def _noise(task: QuadraticsConfig, seeds: list[int], block: int, shape: torch.Size) -> Tensor:

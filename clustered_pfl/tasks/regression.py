@@ -139,7 +139,7 @@ class _Assumptions:
         logs = torch.stack([late[:, self.clusters == k].mean(1).log() for k in range(self.task.clusters)])  # (K, E/2)
         epochs = torch.arange(logs.shape[1], device=logs.device, dtype=logs.dtype)
         epochs = epochs - epochs.mean()
-        slopes = (logs @ epochs) / epochs.square().sum().clamp_min(1)
+        slopes = (logs @ epochs) / epochs.square().sum().clamp_min(0.5)  # two epochs: .5; one has no slope
         by_cluster = ratios.unflatten(1, (self.task.clusters, -1)).mean(-1)  # clusters are contiguous
         return {
             "intra_max": ratios.max().item(),

@@ -81,6 +81,20 @@ def frame(levels=None, seeds=range(5, 13), noise=0.5, lr=(0.01,), seed=0):
     return pd.DataFrame(rows)
 
 
+def arm_rows(arm, seeds, generator, noise, exact, /, **means):
+    """One arm: every number with a little seed noise, lists element by element; where `exact` says so, as it is."""
+    drawn = []
+    for seed in seeds:
+        jitter = {
+            name: value
+            if exact(name)
+            else (np.asarray(value) * (1 + noise * generator.standard_normal(np.shape(value)))).tolist()
+            for name, value in means.items()
+        }
+        drawn.append({"arm": arm, "seed": seed, "diverged": False, **jitter})
+    return pd.DataFrame(drawn)
+
+
 def records(**kwargs):
     return FakeRecords({"table1": frame(**kwargs)})
 

@@ -3,45 +3,26 @@ arms are swapped or the effect is taken away."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from common.claims import CONTRADICTED, REPRODUCED, judge
 from common.compose import conf_dir
+from common.tests.report_fakes import FakeRecords, arm_rows
 from rotational_optimizers.claims import CLAIMS
 
 SEEDS = np.arange(10, 18)
 RNG = np.random.default_rng(0)
 
 
-@dataclasses.dataclass
-class FakeRecords:
-    """The part of `Records` that claims read."""
-
-    frames: dict[str, pd.DataFrame]
-
-    def __getitem__(self, experiment: str) -> pd.DataFrame:
-        return self.frames[experiment]
-
-    def replace(self, experiment: str, frame: pd.DataFrame) -> FakeRecords:
-        return FakeRecords({**self.frames, experiment: frame})
-
-
 def rows(arm: str, noise: float = 1e-3, **means: object) -> pd.DataFrame:
-    """One arm: every number with a little seed noise, lists element by element, text and NaN as they are."""
-    drawn = []
-    for seed in SEEDS:
-        jitter = {
-            k: (np.asarray(v) * (1 + noise * RNG.standard_normal(np.shape(v)))).tolist()
-            if k not in ("optimizer.lr", "schedule.warmup", "predicted") and not k.endswith(("_predicted", "_exact"))
-            else v
-            for k, v in means.items()
-        }
-        drawn.append({"arm": arm, "seed": seed, "diverged": False, **jitter})
-    return pd.DataFrame(drawn)
+    """One arm with a little seed noise in everything that is measured."""
+    return arm_rows(arm, SEEDS, RNG, noise, _exact, **means)
+
+
+def _exact(name: str) -> bool:
+    return name in ("optimizer.lr", "schedule.warmup", "predicted") or name.endswith(("_predicted", "_exact"))
 
 
 def accuracies(**arms: float) -> pd.DataFrame:

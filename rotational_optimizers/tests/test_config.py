@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
 from common.compose import conf_dir
-from common.sweeps import Planner
+from common.tests.planners import Diagonal
 from rotational_optimizers.claims import CLAIMS
 from rotational_optimizers.config import ImbalanceConfig, NetworkTaskConfig, OptimizerConfig, ScheduleConfig
 from rotational_optimizers.train import main
@@ -16,25 +15,6 @@ from rotational_optimizers.train import main
 EXPERIMENTS = sorted(path.stem for path in (conf_dir("rotational_optimizers") / "experiment").glob("*.yaml"))
 # kin optimizers and our own extra settings, which no test of a claim reads
 LAPTOP_ONLY = {"hyperball", "update_floor", "adamp", "lamb", "nero", "rv_adamw_cosine2"}
-MANY = 5  # of a longer axis the two ends are enough to check types and ranges
-
-
-class Diagonal(Planner):
-    """Plans along the diagonal of every grid: each value of an axis once, instead of their product."""
-
-    def entries(self, experiment: str) -> list[dict[str, Any]]:
-        entries = [self._diagonal(entry) for entry in super().entries(experiment)]
-        return entries[:1] if self.scale == "smoke" else entries  # the laptop's entries, made short
-
-    @staticmethod
-    def _diagonal(entry: dict[str, Any]) -> dict[str, Any]:
-        axes = {k: v if len(v) <= MANY else [v[0], v[-1]] for k, v in entry.items() if isinstance(v, list)}
-        length = max(map(len, axes.values()), default=0)
-        steps = [[v[min(i, len(v) - 1)] for v in axes.values()] for i in range(length)]
-        flat = [[x for k, v in zip(axes, step, strict=True) for x in (v if "," in k else [v])] for step in steps]
-        key = ",".join(axes)
-        joined = {key: flat if "," in key else [x for (x,) in flat]} if axes else {}
-        return {k: v for k, v in entry.items() if k not in axes} | joined
 
 
 @pytest.fixture(scope="module")

@@ -10,27 +10,13 @@ import pytest
 import torch
 
 from common.models import ModelConfig, build, count_parameters
-from common.sweeps import Planner
+from common.tests.planners import Ends, seeds_of
 from rotational_optimizers.schedule import lr_factor
 from rotational_optimizers.train import main
 
 Config = dict[str, Any]
-MANY = 5
 # rows of the training splits, from the data sets' own cards
 ROWS = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
-
-
-class Ends(Planner):
-    """Plans the grids with the two ends of every long axis, and seeds left out: enough to check every setting."""
-
-    def entries(self, experiment: str) -> list[dict[str, Any]]:
-        return [{k: self._ends(k, v) for k, v in entry.items()} for entry in super().entries(experiment)]
-
-    @staticmethod
-    def _ends(key: str, value: Any) -> Any:
-        if not isinstance(value, list) or (len(value) <= MANY and key != "seed"):
-            return value
-        return value[:1] if key == "seed" else [value[0], value[-1]]
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +36,7 @@ def configs(plans: dict[str, list[Config]]) -> list[Config]:
 
 @pytest.fixture(scope="module")
 def seeds(planner: Ends) -> Callable[[str, str], list[int]]:
-    """Seeds of an arm, those of all its entries."""
-
-    def of(experiment: str, arm: str) -> list[int]:
-        found: list[int] = []
-        for entry in Planner.entries(planner, experiment):
-            if entry["arm"] == arm:
-                first = entry.get("seed", 0)
-                for seed in first if isinstance(first, list) else [first]:
-                    found += range(seed, seed + entry.get("n_seeds", 1))
-        return found
-
-    return of
+    return lambda experiment, arm: seeds_of(planner, experiment, arm)
 
 
 def test_every_experiment_has_a_paper_grid(plans: dict[str, list[Config]]) -> None:

@@ -1,0 +1,388 @@
+"""Speed of the method beside its alternatives: `python -m clustered_pfl.bench [device=cpu] [seconds=8]`.
+
+- FC round: all pairs of models and clients at once, against loops over clients as in the official code (a backward pass
+  a pair, a norm a point), on the paper's synthetic problems and on a small network; streamed against all at once.
+- Threshold-Clustering: the Gram path against the direct one and against plain loops, from one start and from every
+  point. Floor: the points read twice.
+- Aggregation of 100 vectors: against the robust rules of byzfl, at their defaults, and scikit-learn's clusterings.
+
+Writes `results/clustered_pfl/bench-<device>.json`. About 4 minutes on two CPU cores.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from clustered_pfl.clustering import FederatedClustering
+from clustered_pfl.federation import Layout, Loss, Params
+from clustered_pfl.radius import Quantile
+from clustered_pfl.rivals import RULES
+from clustered_pfl.threshold import threshold_clustering
+from common.kernels import bench
+
+ROUNDS = 10
+CLOSE = 1e-3
+"""Relative to the largest number: float32 sums of a million terms in different orders."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; the tests take less of it."""
+
+    synthetic: tuple[tuple[int, int], ...] = ((4, 4), (4, 16), (16, 4))
+    """(K, n_i) of the paper's three panels."""
+    network: tuple[tuple[int, ...], int, int] = ((64, 32, 10), 40, 16)
+    """Layers, clients, batch."""
+    large_network: tuple[tuple[int, ...], int, int] = ((784, 200, 10), 40, 8)
+    one_start: tuple[tuple[int, int], ...] = tuple((n, d) for d in (10**5, 10**6) for n in (20, 40, 100))
+    """(N, D)."""
+    all_starts: tuple[tuple[int, int], ...] = ((20, 10**5), (40, 10**5), (100, 10**5), (20, 10**6))
+    aggregated: tuple[int, int] = (100, 10**6)
+    clustered: tuple[tuple[int, int], ...] = ((100, 10**3), (100, 10**4))
+
+
+SIZES = Sizes()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Clients, their models and data, and how they are trained."""
+
+    name: str
+    loss: Loss
+    params: Params
+    batches: Any
+    radius: Quantile
+    rounds: int
+    momentum_style: str
+    operations: float
+    """Of all gradients of a round."""
+    momentum: float = 0.9
+    lr: float = 1e-6
+    """So small that the problem stays what it is, however often a round is timed."""
+
+    def ours(self, **more: Any) -> FederatedClustering:
+        """The method on this problem; as much memory as it takes, unless told."""
+        keys = {name: getattr(self, name) for name in ("lr", "momentum", "momentum_style", "radius", "rounds")}
+        return FederatedClustering(self.loss, self.params, **({"memory_mb": 1e9} | keys | more))
+
+
+def synthetic(clusters: int, clients: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+    """The paper's linear regression: d = 10, 9 samples a client, mean k in every coordinate of cluster k's inputs."""
+    rng = torch.Generator().manual_seed(0)
+    n, samples, d = clusters * clients, 9, 10
+    cluster = torch.arange(n) // clients
+    optima = 100 * torch.randint(0, 2, (clusters, d), generator=rng, dtype=torch.float64)[cluster]
+    x = torch.randn(n, samples, d, generator=rng, dtype=torch.float64) + cluster[:, None, None]
+    y = (x @ optima[..., None])[..., 0]
+    start = optima + 0.1 * torch.randn(clusters, d, generator=rng, dtype=torch.float64)[cluster]
+
+    def loss(params: Params, batch: Any) -> Tensor:
+        inputs, target = batch
+        return (inputs @ params["w"] - target).square().sum() / (2 * samples)
+
+    params, batches = pytree.tree_map(lambda t: t.to(device, dtype), ({"w": start}, (x, y)))
+    radius = Quantile(1 / clusters, strict=True)
+    name, operations = f"synthetic, {clusters} x {clients} clients", 4.0 * n * n * samples * d
+    return Problem(name, loss, params, batches, radius, ROUNDS, "ema", operations)
+
+
+def network(
+    layers: tuple[int, ...], n: int, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Problem:
+    """A ReLU network of every client, random images, 4 clusters that permute the labels."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = list(zip(layers[1:], layers[:-1], strict=True))
+    one = {f"w{i}": torch.randn(shape, generator=rng) / shape[1] ** 0.5 for i, shape in enumerate(shapes)}
+    one |= {f"b{i}": torch.zeros(shape[0]) for i, shape in enumerate(shapes)}
+    x = torch.randn(n, batch, layers[0], generator=rng)
+    labels = (torch.randint(0, layers[-1], (n, batch), generator=rng) + (torch.arange(n) % 4)[:, None]) % layers[-1]
+
+    def loss(params: Params, data: Any) -> Tensor:
+        hidden, target = data
+        for i in range(len(shapes)):
+            hidden = functional.linear(hidden.relu() if i else hidden, params[f"w{i}"], params[f"b{i}"])
+        return functional.cross_entropy(hidden, target)
+
+    params = {key: p.to(device, dtype).expand(n, *p.shape).clone() for key, p in one.items()}
+    weights = [a * b for a, b in shapes]
+    # forward, gradient of weights, and of inputs but the first
+    operations = 2.0 * n * n * batch * (3 * sum(weights) - weights[0])
+    name = f"MLP {'-'.join(map(str, layers))}, {n} clients, batch {batch}"
+    batches = (x.to(device, dtype), labels.to(device))
+    return Problem(name, loss, params, batches, Quantile(0.2), 5, "heavy_ball", operations)
+
+
+Estimate = Callable[[Problem, Params, int], Tensor]
+"""The cluster gradient (D,) of one client, given its model and its number."""
+
+
+def by_loops(problem: Problem, model: Params, own: int) -> Tensor:
+    """Loops over clients in the manner of the official code."""
+    answers = []
+    for j in range(len(next(iter(problem.params.values())))):
+        leaves = {name: p.detach().requires_grad_() for name, p in model.items()}
+        problem.loss(leaves, pytree.tree_map(lambda x, j=j: x[j], problem.batches)).backward()
+        answers.append(torch.cat([leaf.grad.flatten() for leaf in leaves.values() if leaf.grad is not None]))
+    return points_by_loops(answers, answers[own], problem.radius, problem.rounds)
+
+
+def points_by_loops(points: list[Tensor], v: Tensor, radius: Quantile, rounds: int) -> Tensor:
+    """Threshold-Clustering as a loop over points."""
+    for _ in range(rounds):
+        distances = [(z - v).norm().item() for z in points]
+        tau = radius.factor * sorted(distances)[radius.rank(len(points))]
+        near = [d < tau or (d == tau and not radius.strict) for d in distances]
+        v = torch.stack([z if inside else v for z, inside in zip(points, near, strict=True)]).mean(0)
+    return v
+
+
+def one_model_at_a_time(problem: Problem, model: Params, own: int) -> Tensor:
+    """All clients at once, by vmap, but one model after the other."""
+    gradients = vmap(grad(problem.loss), (None, 0))(model, problem.batches)
+    answers = torch.cat([gradients[name].flatten(1) for name in model], 1)
+    return threshold_clustering(answers, answers[own], radius=problem.radius, rounds=problem.rounds).centers[0]
+
+
+@dataclass
+class Plain:
+    """Federated-Clustering, one client after the other."""
+
+    problem: Problem
+    estimate: Estimate
+    velocity: Tensor | None = None
+    models: Tensor = field(init=False)
+    """(N, D)."""
+
+    def __post_init__(self) -> None:
+        self.layout = Layout({name: p.shape[1:] for name, p in self.problem.params.items()})
+        self.models = self.layout.flatten(self.problem.params)
+
+    def step(self) -> None:
+        """One round."""
+        problem, each = self.problem, [self.layout.unflatten(model) for model in self.models]
+        v = torch.stack([self.estimate(problem, model, i) for i, model in enumerate(each)])
+        if self.velocity is not None:
+            weight = 1 if problem.momentum_style == "heavy_ball" else 1 - problem.momentum
+            v = problem.momentum * self.velocity + weight * v
+        self.velocity = v
+        self.models = self.models - problem.lr * v
+
+
+def cdist_loop(points: Tensor, starts: Tensor, radius: Quantile, rounds: int) -> Tensor:
+    """Threshold-Clustering as one would write it, all starts at once."""
+    v, n = starts, len(points)
+    for _ in range(rounds):
+        distances = torch.cdist(v, points, compute_mode="donot_use_mm_for_euclid_dist")
+        share = (distances <= distances.kthvalue(radius.rank(n) + 1).values[:, None]).to(points) / n
+        v = v + share @ points - share.sum(1, keepdim=True) * v
+    return v
+
+
+def clouds(n: int, d: int, device: str = "cpu") -> Tensor:
+    """(N, D) points of 4 clusters, as noisy as they are apart."""
+    rng = torch.Generator().manual_seed(0)
+    centers = torch.randn(4, d, generator=rng)
+    return (torch.randn(n, d, generator=rng) + centers[torch.arange(n) % 4]).to(device)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Refuse what differs by more than rounding."""
+    error, size = (found - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= CLOSE * size, f"differs by {error:.1e}, numbers are up to {size:.1e}"
+
+
+def same_rounds(problem: Problem, *estimates: Estimate) -> Callable[[], None]:
+    """Gate: momenta after two rounds."""
+
+    def gate() -> None:
+        ours = problem.ours()
+        for _ in range(2):
+            ours.step(problem.batches)
+        for estimate in estimates:
+            plain = Plain(problem, estimate)
+            for _ in range(2):
+                plain.step()
+            assert ours.velocity is not None and plain.velocity is not None
+            close(ours.velocity[0], plain.velocity)
+
+    return gate
+
+
+def round_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """FC rounds against loops."""
+    problems = [synthetic(*size, device) for size in SIZES.synthetic] + [network(*SIZES.network, device)]
+    for problem in problems:
+        others: dict[str, Estimate] = {"loop over clients": by_loops}
+        if problem is problems[-1]:
+            others["vmap, one model at a time"] = one_model_at_a_time
+        for threads in cores(device) if problem is problems[-1] else [1]:
+            ours = problem.ours()
+            say(f"FC round, {problem.name}, {threads} threads")
+            yield from bench.compare(
+                "FC round", problem.name, ("all pairs at once", lambda p=problem, o=ours: o.step(p.batches)),
+                {name: Plain(problem, estimate).step for name, estimate in others.items()},
+                check=same_rounds(problem, *others.values()), threads=threads, device=device,
+                operations=problem.operations, budget_s=seconds / 2,
+            )  # fmt: skip
+
+
+def streaming_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """What a bounded memory costs."""
+    problem = network(*SIZES.large_network, device)
+    streamed, whole = problem.ours(memory_mb=16.0), problem.ours()
+
+    def gate() -> None:
+        pair = problem.ours(memory_mb=16.0), problem.ours()
+        for federation in pair:
+            federation.step(problem.batches)
+        close(*(federation.models for federation in pair))
+
+    say(f"FC round, {problem.name}, streamed")
+    held = bench.peak_bytes(lambda: whole.step(problem.batches), device) / 1e6
+    yield from bench.compare(
+        "FC round", problem.name, ("streamed, memory_mb=16", lambda: streamed.step(problem.batches)),
+        {f"all at once, {held:.0f} MB": lambda: whole.step(problem.batches)},
+        check=gate, device=device, operations=problem.operations, budget_s=seconds,
+    )  # fmt: skip
+
+
+def clustering_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """The Gram path against the direct path and loops, from one start and from all points."""
+    radius = Quantile(0.2)
+    for n, d in SIZES.one_start:
+        points = clouds(n, d, device)
+        listed = list(points)
+        others: dict[str, Callable[[], Any]] = {
+            "direct": lambda z=points: cluster(z, z[0], "direct"),
+            "torch.cdist loop": lambda z=points: cdist_loop(z, z[:1], radius, ROUNDS),
+        }
+        if (n, d) == SIZES.one_start[0]:
+            others["loop over points"] = lambda z=listed: points_by_loops(z, z[0], radius, ROUNDS)
+        for threads in cores(device) if (n, d) == SIZES.one_start[-1] else [1]:
+            yield from clustering(points, 1, others, threads, device, seconds / 2)
+    for n, d in SIZES.all_starts:
+        points = clouds(n, d, device)
+        others = {"torch.cdist loop": lambda z=points: cdist_loop(z, z, radius, ROUNDS)}
+        if (n, d) == SIZES.all_starts[0]:
+            others["direct"] = lambda z=points: cluster(z, z, "direct")
+        yield from clustering(points, n, others, 1, device, seconds / 2, rounds=5 if n * n * d < 10**8 else 3)
+
+
+def clustering(
+    points: Tensor,
+    k: int,
+    others: dict[str, Callable[[], Any]],
+    threads: int,
+    device: str,
+    budget_s: float,
+    rounds: int = 31,
+) -> list[bench.Row]:
+    """One comparison of the Gram path from the first k points."""
+
+    def gate() -> None:
+        few = points[: min(k, 3)]
+        close(cluster(points, points[:k], "gram")[: len(few)], cluster(points, few, "direct"))
+        close(cdist_loop(points, few, Quantile(0.2), ROUNDS), cluster(points, few, "direct"))
+
+    n, d = points.shape
+    size = f"N = {n}, D = {d:.0e}, {'one start' if k == 1 else 'N starts'}".replace("e+0", "e")
+    say(f"Threshold-Clustering, {size}, {threads} threads")
+    return bench.compare(
+        "Threshold-Clustering", size, ("Gram", lambda: cluster(points, points[:k], "gram")), others, check=gate,
+        threads=threads, device=device, bytes_moved=8.0 * n * d, budget_s=budget_s, rounds=rounds,
+    )  # fmt: skip
+
+
+def aggregation_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """Against other robust aggregates, and against clusterings that find all centres."""
+    n, d = SIZES.aggregated
+    points = clouds(n, d, device)
+    rules = {f"byzfl {name}": rule(n // 5) for name, rule in RULES.items()}
+    size = f"n = {n}, d = {d:.0e}".replace("e+0", "e")
+
+    def gate() -> None:
+        few = points[:3]
+        close(cluster(points, points)[:3], cluster(points, few))
+        close(cdist_loop(points, few, Quantile(0.2), ROUNDS), cluster(points, few))
+
+    for ours, starts in (("Threshold-Clustering, one start", points[0]), ("Threshold-Clustering, n starts", points)):
+        say(f"aggregation, {size}, {ours}")
+        # the coordinate-wise rules take seconds: once is enough, beside n starts
+        slow = ("byzfl median", "byzfl trimmed_mean", "byzfl geometric_median")
+        chosen = {name: rule for name, rule in rules.items() if starts is points or name not in slow}
+        yield from bench.compare(
+            "aggregation", size, (ours, lambda s=starts: cluster(points, s)),
+            {name: lambda rule=rule: rule(points) for name, rule in chosen.items()},
+            check=gate, device=device, bytes_moved=8.0 * n * d, budget_s=seconds, rounds=3,
+        )  # fmt: skip
+
+
+def sklearn_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """Clusterings of scikit-learn that find every centre; MeanShift is told the radius, and is slow even so."""
+    from sklearn.cluster import KMeans, MeanShift
+
+    for n, d in SIZES.clustered:
+        points = 3 * clouds(4, d)[torch.arange(n) % 4] + torch.randn(n, d, generator=torch.Generator().manual_seed(1))
+        array, tau = points.numpy(), 2 * d**0.5
+        points = points.to(device)
+        labels = torch.arange(n) % 4
+        others: dict[str, Callable[[], Any]] = {"sklearn KMeans": lambda x=array: KMeans(4, random_state=0).fit(x)}
+        if (n, d) == SIZES.clustered[0]:
+            others["sklearn MeanShift"] = lambda x=array, t=tau: MeanShift(bandwidth=t).fit(x)
+
+        def gate(z: Tensor = points, true: Tensor = labels, calls: Any = tuple(others.values())) -> None:
+            found = threshold_clustering(z, z, radius=Quantile(0.2), rounds=ROUNDS)
+            assert torch.equal(true[:, None] == true, (true[:, None] == true) | found.members.cpu()), "clusters mixed"
+            for call in calls:
+                theirs = torch.as_tensor(call().labels_)
+                assert torch.equal(theirs[:, None] == theirs, true[:, None] == true), "other clusters than there are"
+
+        size = f"n = {n}, d = {d:.0e}, 4 clusters".replace("e+0", "e")
+        say(f"aggregation, {size}")
+        yield from bench.compare(
+            "aggregation", size, ("Threshold-Clustering, n starts", lambda z=points: cluster(z, z)), others,
+            check=gate, device=device, bytes_moved=8.0 * n * d, budget_s=seconds / 2,
+        )  # fmt: skip
+
+
+def cluster(points: Tensor, starts: Tensor, method: Any = "auto") -> Tensor:
+    """Centres."""
+    return threshold_clustering(points, starts, radius=Quantile(0.2), rounds=ROUNDS, method=method).centers
+
+
+def cores(device: str) -> list[int]:
+    """One thread, and all."""
+    return sorted({1, os.cpu_count() or 1}) if torch.device(device).type == "cpu" else [1]
+
+
+def say(what: str) -> None:
+    """Progress."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run every comparison, print the table, write the file."""
+    options = {"device": "cpu", "seconds": "8", "results": "results"}
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        key, _, value = argument.partition("=")
+        if key not in options or not value:
+            sys.exit(f"{argument}: must be key=value with a key of {', '.join(options)}")
+        options[key] = value
+    device, seconds = options["device"], float(options["seconds"])
+    groups = (round_rows, streaming_rows, clustering_rows, aggregation_rows, sklearn_rows)
+    rows = [row for group in groups for row in group(device, seconds)]
+    bench.show(rows, f"Threshold- and Federated-Clustering on {device}")
+    print(bench.write("clustered_pfl", rows, device, options["results"]))
+
+
+if __name__ == "__main__":
+    main()
