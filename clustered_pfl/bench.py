@@ -1,7 +1,7 @@
 """Speed of the method beside its alternatives: `python -m clustered_pfl.bench [device=cpu] [seconds=8]`.
 
-- FC round: all pairs of models and clients at once, against loops over clients as in the official code (a backward pass
-  a pair, a norm a point), on the paper's synthetic problems and on a small network; streamed against all at once.
+- FC round: all pairs of models and clients at once, against loops in the manner of the official code (a backward pass
+  a pair, norms point by point), on the paper's synthetic problems and on a small network; streamed against all at once.
 - Threshold-Clustering: the Gram path against the direct one and against plain loops, from one start and from every
   point. Floor: the points read twice.
 - Aggregation of 100 vectors: against the robust rules of byzfl, at their defaults, and scikit-learn's clusterings.
@@ -9,10 +9,12 @@
 Writes `results/clustered_pfl/bench-<device>.json`. About 4 minutes on two CPU cores.
 """
 
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ from clustered_pfl.rivals import RULES
 from clustered_pfl.threshold import threshold_clustering
 from common.kernels import bench
 
-ROUNDS = 10
+M, RADIUS = 10, Quantile(0.2)
+"""Of Threshold-Clustering, wherever a problem has none of its own."""
 CLOSE = 1e-3
 """Relative to the largest number: float32 sums of a million terms in different orders."""
 
@@ -70,9 +73,9 @@ class Problem:
     """So small that the problem stays what it is, however often a round is timed."""
 
     def ours(self, **more: Any) -> FederatedClustering:
-        """The method on this problem; as much memory as it takes, unless told."""
+        """The method on this problem."""
         keys = {name: getattr(self, name) for name in ("lr", "momentum", "momentum_style", "radius", "rounds")}
-        return FederatedClustering(self.loss, self.params, **({"memory_mb": 1e9} | keys | more))
+        return FederatedClustering(self.loss, self.params, **keys, **more)
 
 
 def synthetic(clusters: int, clients: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
@@ -92,7 +95,7 @@ def synthetic(clusters: int, clients: int, device: str = "cpu", dtype: torch.dty
     params, batches = pytree.tree_map(lambda t: t.to(device, dtype), ({"w": start}, (x, y)))
     radius = Quantile(1 / clusters, strict=True)
     name, operations = f"synthetic, {clusters} x {clients} clients", 4.0 * n * n * samples * d
-    return Problem(name, loss, params, batches, radius, ROUNDS, "ema", operations)
+    return Problem(name, loss, params, batches, radius, M, "ema", operations)
 
 
 def network(
@@ -136,12 +139,11 @@ def by_loops(problem: Problem, model: Params, own: int) -> Tensor:
 
 
 def points_by_loops(points: list[Tensor], v: Tensor, radius: Quantile, rounds: int) -> Tensor:
-    """Threshold-Clustering as a loop over points."""
+    """Threshold-Clustering as a loop over points; as there, norms for the radius and again for who is inside."""
     for _ in range(rounds):
-        distances = [(z - v).norm().item() for z in points]
-        tau = radius.factor * sorted(distances)[radius.rank(len(points))]
-        near = [d < tau or (d == tau and not radius.strict) for d in distances]
-        v = torch.stack([z if inside else v for z, inside in zip(points, near, strict=True)]).mean(0)
+        tau = radius.factor * sorted((z - v).norm() for z in points)[radius.rank(len(points))]
+        near = operator.lt if radius.strict else operator.le
+        v = torch.stack([z if near((z - v).norm(), tau) else v for z in points]).mean(0)
     return v
 
 
@@ -187,11 +189,13 @@ def cdist_loop(points: Tensor, starts: Tensor, radius: Quantile, rounds: int) ->
     return v
 
 
-def clouds(n: int, d: int, device: str = "cpu") -> Tensor:
-    """(N, D) points of 4 clusters, as noisy as they are apart."""
+def clouds(n: int, d: int, device: str = "cpu", apart: float = 1.0) -> Tensor:
+    """(N, D) points of 4 clusters, which lie so many times as far apart as they are wide."""
     rng = torch.Generator().manual_seed(0)
-    centers = torch.randn(4, d, generator=rng)
-    return (torch.randn(n, d, generator=rng) + centers[torch.arange(n) % 4]).to(device)
+    centers, points = apart * torch.randn(4, d, generator=rng), torch.randn(n, d, generator=rng)
+    for i, point in enumerate(points):
+        point += centers[i % 4]
+    return points.to(device)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -200,21 +204,25 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert error <= CLOSE * size, f"differs by {error:.1e}, numbers are up to {size:.1e}"
 
 
-def same_rounds(problem: Problem, *estimates: Estimate) -> Callable[[], None]:
+def same_rounds(problem: Problem, estimates: list[Estimate]) -> None:
     """Gate: momenta after two rounds."""
-
-    def gate() -> None:
-        ours = problem.ours()
+    ours = problem.ours()
+    for _ in range(2):
+        ours.step(problem.batches)
+    for estimate in estimates:
+        plain = Plain(problem, estimate)
         for _ in range(2):
-            ours.step(problem.batches)
-        for estimate in estimates:
-            plain = Plain(problem, estimate)
-            for _ in range(2):
-                plain.step()
-            assert ours.velocity is not None and plain.velocity is not None
-            close(ours.velocity[0], plain.velocity)
+            plain.step()
+        assert ours.velocity is not None and plain.velocity is not None
+        close(ours.velocity[0], plain.velocity)
 
-    return gate
+
+def same_centers(points: Tensor, starts: Tensor, method: str) -> None:
+    """Gate: the first three centres, by the method and by the loop, are those of the direct path."""
+    few = starts[:3]
+    expected = cluster(points, few, "direct")
+    close(cluster(points, starts, method)[:3], expected)
+    close(cdist_loop(points, few, RADIUS, M), expected)
 
 
 def round_rows(device: str, seconds: float) -> Iterator[bench.Row]:
@@ -225,12 +233,11 @@ def round_rows(device: str, seconds: float) -> Iterator[bench.Row]:
         if problem is problems[-1]:
             others["vmap, one model at a time"] = one_model_at_a_time
         for threads in cores(device) if problem is problems[-1] else [1]:
-            ours = problem.ours()
             say(f"FC round, {problem.name}, {threads} threads")
             yield from bench.compare(
-                "FC round", problem.name, ("all pairs at once", lambda p=problem, o=ours: o.step(p.batches)),
+                "FC round", problem.name, ("all pairs at once", partial(problem.ours().step, problem.batches)),
                 {name: Plain(problem, estimate).step for name, estimate in others.items()},
-                check=same_rounds(problem, *others.values()), threads=threads, device=device,
+                check=partial(same_rounds, problem, list(others.values())), threads=threads, device=device,
                 operations=problem.operations, budget_s=seconds / 2,
             )  # fmt: skip
 
@@ -238,125 +245,95 @@ def round_rows(device: str, seconds: float) -> Iterator[bench.Row]:
 def streaming_rows(device: str, seconds: float) -> Iterator[bench.Row]:
     """What a bounded memory costs."""
     problem = network(*SIZES.large_network, device)
-    streamed, whole = problem.ours(memory_mb=16.0), problem.ours()
+    streamed, whole = (partial(problem.ours(memory_mb=mb).step, problem.batches) for mb in (16.0, 1e9))
 
     def gate() -> None:
-        pair = problem.ours(memory_mb=16.0), problem.ours()
+        pair = problem.ours(memory_mb=16.0), problem.ours(memory_mb=1e9)
         for federation in pair:
             federation.step(problem.batches)
         close(*(federation.models for federation in pair))
 
     say(f"FC round, {problem.name}, streamed")
-    held = bench.peak_bytes(lambda: whole.step(problem.batches), device) / 1e6
+    held = bench.peak_bytes(whole, device) / 1e6
     yield from bench.compare(
-        "FC round", problem.name, ("streamed, memory_mb=16", lambda: streamed.step(problem.batches)),
-        {f"all at once, {held:.0f} MB": lambda: whole.step(problem.batches)},
-        check=gate, device=device, operations=problem.operations, budget_s=seconds,
+        "FC round", problem.name, ("streamed, memory_mb=16", streamed), {f"all at once, {held:.0f} MB": whole},
+        check=gate, device=device, operations=problem.operations, budget_s=seconds, rounds=5,
     )  # fmt: skip
 
 
 def clustering_rows(device: str, seconds: float) -> Iterator[bench.Row]:
     """The Gram path against the direct path and loops, from one start and from all points."""
-    radius = Quantile(0.2)
-    for n, d in SIZES.one_start:
-        points = clouds(n, d, device)
-        listed = list(points)
-        others: dict[str, Callable[[], Any]] = {
-            "direct": lambda z=points: cluster(z, z[0], "direct"),
-            "torch.cdist loop": lambda z=points: cdist_loop(z, z[:1], radius, ROUNDS),
-        }
-        if (n, d) == SIZES.one_start[0]:
-            others["loop over points"] = lambda z=listed: points_by_loops(z, z[0], radius, ROUNDS)
-        for threads in cores(device) if (n, d) == SIZES.one_start[-1] else [1]:
-            yield from clustering(points, 1, others, threads, device, seconds / 2)
-    for n, d in SIZES.all_starts:
-        points = clouds(n, d, device)
-        others = {"torch.cdist loop": lambda z=points: cdist_loop(z, z, radius, ROUNDS)}
-        if (n, d) == SIZES.all_starts[0]:
-            others["direct"] = lambda z=points: cluster(z, z, "direct")
-        yield from clustering(points, n, others, 1, device, seconds / 2, rounds=5 if n * n * d < 10**8 else 3)
-
-
-def clustering(
-    points: Tensor,
-    k: int,
-    others: dict[str, Callable[[], Any]],
-    threads: int,
-    device: str,
-    budget_s: float,
-    rounds: int = 31,
-) -> list[bench.Row]:
-    """One comparison of the Gram path from the first k points."""
-
-    def gate() -> None:
-        few = points[: min(k, 3)]
-        close(cluster(points, points[:k], "gram")[: len(few)], cluster(points, few, "direct"))
-        close(cdist_loop(points, few, Quantile(0.2), ROUNDS), cluster(points, few, "direct"))
-
-    n, d = points.shape
-    size = f"N = {n}, D = {d:.0e}, {'one start' if k == 1 else 'N starts'}".replace("e+0", "e")
-    say(f"Threshold-Clustering, {size}, {threads} threads")
-    return bench.compare(
-        "Threshold-Clustering", size, ("Gram", lambda: cluster(points, points[:k], "gram")), others, check=gate,
-        threads=threads, device=device, bytes_moved=8.0 * n * d, budget_s=budget_s, rounds=rounds,
-    )  # fmt: skip
+    for sizes, starts in ((SIZES.one_start, 1), (SIZES.all_starts, None)):
+        for n, d in sizes:
+            points = clouds(n, d, device)
+            first = points[:starts]
+            others: dict[str, Callable[[], Any]] = {"torch.cdist loop": partial(cdist_loop, points, first, RADIUS, M)}
+            if starts or (n, d) == sizes[0]:
+                others["direct"] = partial(cluster, points, first, "direct")
+            if starts and (n, d) == sizes[0]:
+                others["loop over points"] = partial(points_by_loops, list(points), points[0], RADIUS, M)
+            size = f"N = {n}, D = {short(d)}, {'one start' if starts else 'N starts'}"
+            for threads in cores(device) if starts and (n, d) == sizes[-1] else [1]:
+                say(f"Threshold-Clustering, {size}, {threads} threads")
+                yield from bench.compare(
+                    "Threshold-Clustering", size, ("Gram", partial(cluster, points, first, "gram")), others,
+                    check=partial(same_centers, points, first, "gram"), threads=threads, device=device,
+                    bytes_moved=8.0 * n * d, budget_s=seconds / 2, rounds=31 if starts else 3,
+                )  # fmt: skip
 
 
 def aggregation_rows(device: str, seconds: float) -> Iterator[bench.Row]:
-    """Against other robust aggregates, and against clusterings that find all centres."""
+    """Against other robust aggregates, of which each client gets the same."""
     n, d = SIZES.aggregated
     points = clouds(n, d, device)
-    rules = {f"byzfl {name}": rule(n // 5) for name, rule in RULES.items()}
-    size = f"n = {n}, d = {d:.0e}".replace("e+0", "e")
-
-    def gate() -> None:
-        few = points[:3]
-        close(cluster(points, points)[:3], cluster(points, few))
-        close(cdist_loop(points, few, Quantile(0.2), ROUNDS), cluster(points, few))
-
-    for ours, starts in (("Threshold-Clustering, one start", points[0]), ("Threshold-Clustering, n starts", points)):
-        say(f"aggregation, {size}, {ours}")
-        # the coordinate-wise rules take seconds: once is enough, beside n starts
-        slow = ("byzfl median", "byzfl trimmed_mean", "byzfl geometric_median")
-        chosen = {name: rule for name, rule in rules.items() if starts is points or name not in slow}
+    rules = {f"byzfl {name}": partial(rule(n // 5), points) for name, rule in RULES.items()}
+    one, every = partial(cluster, points, points[0]), partial(cluster, points, points)
+    size = f"n = {n}, d = {short(d)}"
+    for name, ours, others in (
+        ("Threshold-Clustering, one start", one, rules),
+        ("Threshold-Clustering, n starts", every, {"byzfl krum": rules["byzfl krum"]}),
+    ):
+        say(f"aggregation, {size}, {name}")
         yield from bench.compare(
-            "aggregation", size, (ours, lambda s=starts: cluster(points, s)),
-            {name: lambda rule=rule: rule(points) for name, rule in chosen.items()},
-            check=gate, device=device, bytes_moved=8.0 * n * d, budget_s=seconds, rounds=3,
+            "aggregation", size, (name, ours), others, check=partial(same_centers, points, points, "auto"),
+            device=device, bytes_moved=8.0 * n * d, budget_s=seconds, rounds=3,
         )  # fmt: skip
 
 
-def sklearn_rows(device: str, seconds: float) -> Iterator[bench.Row]:
-    """Clusterings of scikit-learn that find every centre; MeanShift is told the radius, and is slow even so."""
+def clustered_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """Against clusterings that find all centres; MeanShift is told the radius."""
     from sklearn.cluster import KMeans, MeanShift
 
     for n, d in SIZES.clustered:
-        points = 3 * clouds(4, d)[torch.arange(n) % 4] + torch.randn(n, d, generator=torch.Generator().manual_seed(1))
-        array, tau = points.numpy(), 2 * d**0.5
-        points = points.to(device)
-        labels = torch.arange(n) % 4
-        others: dict[str, Callable[[], Any]] = {"sklearn KMeans": lambda x=array: KMeans(4, random_state=0).fit(x)}
+        points, labels = clouds(n, d, device, apart=3.0), torch.arange(n) % 4
+        array, same = points.cpu().numpy(), labels[:, None] == labels
+        ours = partial(threshold_clustering, points, points, radius=RADIUS, rounds=M)
+        others = {"sklearn KMeans": partial(KMeans(4, random_state=0).fit, array)}
         if (n, d) == SIZES.clustered[0]:
-            others["sklearn MeanShift"] = lambda x=array, t=tau: MeanShift(bandwidth=t).fit(x)
+            others["sklearn MeanShift"] = partial(MeanShift(bandwidth=2 * d**0.5).fit, array)
 
-        def gate(z: Tensor = points, true: Tensor = labels, calls: Any = tuple(others.values())) -> None:
-            found = threshold_clustering(z, z, radius=Quantile(0.2), rounds=ROUNDS)
-            assert torch.equal(true[:, None] == true, (true[:, None] == true) | found.members.cpu()), "clusters mixed"
-            for call in calls:
-                theirs = torch.as_tensor(call().labels_)
-                assert torch.equal(theirs[:, None] == theirs, true[:, None] == true), "other clusters than there are"
+        def gate(ours: Any = ours, others: Any = others, same: Tensor = same) -> None:
+            assert not (ours().members.cpu() & ~same).any(), "clusters are mixed"
+            for name, fit in others.items():
+                theirs = torch.as_tensor(fit().labels_)
+                assert torch.equal(theirs[:, None] == theirs, same), f"{name}: other clusters than there are"
 
-        size = f"n = {n}, d = {d:.0e}, 4 clusters".replace("e+0", "e")
+        size = f"n = {n}, d = {short(d)}, 4 clusters"
         say(f"aggregation, {size}")
         yield from bench.compare(
-            "aggregation", size, ("Threshold-Clustering, n starts", lambda z=points: cluster(z, z)), others,
-            check=gate, device=device, bytes_moved=8.0 * n * d, budget_s=seconds / 2,
+            "aggregation", size, ("Threshold-Clustering, n starts", ours), others, check=gate, device=device,
+            bytes_moved=8.0 * n * d, budget_s=seconds / 2,
         )  # fmt: skip
 
 
 def cluster(points: Tensor, starts: Tensor, method: Any = "auto") -> Tensor:
     """Centres."""
-    return threshold_clustering(points, starts, radius=Quantile(0.2), rounds=ROUNDS, method=method).centers
+    return threshold_clustering(points, starts, radius=RADIUS, rounds=M, method=method).centers
+
+
+def short(number: int) -> str:
+    """1e5."""
+    return f"{number:.0e}".replace("e+0", "e")
 
 
 def cores(device: str) -> list[int]:
@@ -378,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"{argument}: must be key=value with a key of {', '.join(options)}")
         options[key] = value
     device, seconds = options["device"], float(options["seconds"])
-    groups = (round_rows, streaming_rows, clustering_rows, aggregation_rows, sklearn_rows)
+    groups = (round_rows, streaming_rows, clustering_rows, aggregation_rows, clustered_rows)
     rows = [row for group in groups for row in group(device, seconds)]
     bench.show(rows, f"Threshold- and Federated-Clustering on {device}")
     print(bench.write("clustered_pfl", rows, device, options["results"]))

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.nn import functional
 
 from clustered_pfl.radius import Quantile, Radius, inside
 
@@ -35,7 +36,7 @@ BLOCK_BYTES = 1 << 20
 SHORT = 128
 """Below this dimension `torch.cdist` is faster than blocks of differences."""
 GRAM_DIMENSION = 1024
-"""Points shorter than this are faster by the direct path."""
+"""Starts times dimension; below it the direct path is faster."""
 NOISE = 16 * torch.finfo(torch.float64).eps
 """Of the Gram path's squared distances, in units of the squares they are the difference of."""
 TINY = 1e-30
@@ -88,7 +89,8 @@ def threshold_clustering(
     """
     starts = _checked(points, starts, rounds, normalize, weights, method)
     weight = points.new_ones(points.shape[-2]) if weights is None else weights.to(points)
-    total = weight.sum() if normalize == "all" else None
+    if normalize == "all":
+        weight = weight / weight.sum()
     rows, guesses, never = _sound(points, starts)
     if method == "auto":
         (n, d), k = points.shape[-2:], starts.shape[-2]
@@ -101,8 +103,8 @@ def threshold_clustering(
         if never is not None:
             distances = torch.where(never, torch.inf, distances)
         members, radii[i] = inside(distances, radius)
-        share = members.to(points.dtype) * weight
-        path.move(share / (share.sum(-1, keepdim=True).clamp_min(TINY) if total is None else total))
+        share = members * weight
+        path.move(share if normalize == "all" else share / share.sum(-1, keepdim=True).clamp_min(TINY))
     centers = path.centers()
     if never is not None:
         centers = torch.where(never.all(-1, keepdim=True), starts, centers)
@@ -111,7 +113,7 @@ def threshold_clustering(
 
 def _gram_pays(n: int, d: int, starts: int, rounds: int) -> bool:
     """Whether the Gram matrix of N points costs less than the rounds it saves, as measured on a core with AVX2."""
-    return d >= max(GRAM_DIMENSION, 4 * n) and starts * (rounds - 1) >= 2 + n / 12
+    return starts * d >= GRAM_DIMENSION and d >= 4 * n and starts * (rounds - 1) >= 2 + n / 12
 
 
 class _Direct:
@@ -136,23 +138,26 @@ class _Direct:
 
 
 class _Gram:
-    """The estimates as coefficients (..., K, P) over P centred rows: the N points, then the K starts.
+    """The estimates as coefficients (..., K, P), of sum one, of P rows: the N points, then the K starts.
 
-    The latter are left out where they add nothing: a single start is the origin, and often they are the first K points.
+    Where the starts are the first K points, as when every client starts from its own, they are not repeated.
     """
 
     def __init__(self, points: Tensor, starts: Tensor) -> None:
         n, k = points.shape[-2], starts.shape[-2]
-        known = k == 1 or (k <= n and torch.equal(starts, points[..., :k, :]))
+        known = k <= n and torch.equal(starts, points[..., :k, :])
         self.parts = (points,) if known else (points, starts)
         # the origin is a start of middling length: one far away would cost all the others their digits
         middle = starts.norm(dim=-1).median(-1).indices[..., None, None]
         self.origin = starts.gather(-2, middle.expand(*middle.shape[:-1], starts.shape[-1]))  # (..., 1, D)
-        self.gram = gram_matrix(points, self.origin, *self.parts[1:])  # (..., P, P) float64
+        if k == 1 and not known:
+            # the start is the origin, whose products are zero
+            self.gram = functional.pad(gram_matrix(points, self.origin), (0, 1, 0, 1))
+        else:
+            self.gram = gram_matrix(points, self.origin, *self.parts[1:])  # (..., P, P) float64
         self.square = self.gram.diagonal(dim1=-2, dim2=-1)[..., None, :n]
         self.a = self.gram.new_zeros((*starts.shape[:-1], self.gram.shape[-1]))
-        if k > 1:
-            self.a[..., torch.arange(k), torch.arange(k) + (0 if known else n)] = 1
+        self.a[..., torch.arange(k), torch.arange(k) + (0 if known else n)] = 1
 
     def distances(self) -> Tensor:
         """(..., K, N)."""
@@ -172,9 +177,10 @@ class _Gram:
     def centers(self) -> Tensor:
         """(..., K, D)."""
         shares = self.a.to(self.origin.dtype).split([part.shape[-2] for part in self.parts], -1)
-        rest = 1 - self.a.sum(-1, keepdim=True)  # what is left of the origin
-        centers = rest.to(self.origin.dtype) * self.origin
-        return sum((share @ part for share, part in zip(shares, self.parts, strict=True)), centers)
+        centers = shares[0] @ self.parts[0]
+        for share, part in zip(shares[1:], self.parts[1:], strict=True):
+            centers += share @ part
+        return centers
 
 
 def pair_distances(v: Tensor, rows: Tensor) -> Tensor:

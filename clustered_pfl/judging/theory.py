@@ -269,7 +269,7 @@ CLAIMS = [
             ),
         ),
         figure=figures.rate,
-        caption=f"Quadratic losses with noisy gradients, four clusters, rate .1, last half of 300 steps. {BANDS}",
+        caption=f"Quadratic losses with noisy gradients, four clusters, rate .1, last half of 200 steps. {BANDS}",
     ),
     Claim(
         id="C9.assignment",

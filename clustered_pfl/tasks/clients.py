@@ -99,7 +99,7 @@ class Clients:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            if self.config.task.redraw and epoch:
+            if self.config.task.redraw:
                 self.rows = self._rows(self._deal(epoch))
             count = max(1, round(kept * self.samples))
             shape = len(self.clusters), count

@@ -19,15 +19,16 @@ N, CLUSTERS = 6, [0, 1, 0, 2, 1, 0]
 
 
 def bowl(params: Params, data: Tensor) -> Tensor:
-    """Half a squared distance with unequal axes; its gradient is scale * (x - data)."""
-    return (SCALE * (params["x"] - data).square()).sum() / 2
+    """Half a squared distance with unequal axes, and ripples, so that the mean gradient is not that of the mean."""
+    gap = params["x"] - data
+    return (SCALE * gap.square() / 2 + gap.cos()).sum()
 
 
 SCALE = torch.tensor([1.0, 0.5, 2.0], dtype=F64)
 
 
 def slope(x: Tensor, data: Tensor) -> Tensor:
-    return SCALE * (x - data)
+    return SCALE * (x - data) - (x - data).sin()
 
 
 def targets(step: int, n: int = N) -> Tensor:
@@ -51,7 +52,7 @@ class HeavyBall:
 
 def losses(models: Tensor, data: Tensor) -> Tensor:
     """(K, N)."""
-    return torch.stack([torch.stack([(SCALE * (m - d) ** 2).sum() / 2 for d in data]) for m in models])
+    return torch.stack([torch.stack([bowl({"x": m}, d) for d in data]) for m in models])
 
 
 # -- local, global, ground truth

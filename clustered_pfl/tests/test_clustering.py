@@ -68,6 +68,13 @@ def test_groups_cluster_among_themselves(groups: int) -> None:
     assert (round.members.sum(1) == size // 2 + 1).all()  # the rank of the quantile, and those before it
 
 
+def test_attackers_who_poison_their_data_are_dealt_to_the_groups_too() -> None:
+    rule, loops = Quantile(0.5), dealt(7, 5, 8, 2, hostile=4)
+    expected = federated_clustering(networks(), [batch(t, 12) for t in range(5)], rule, 4, dealt=loops)
+    found = run(fc(radius=rule, groups=2, seed=7, n_byzantine=4), n=12)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_one_group_is_no_groups() -> None:
     assert torch.equal(run(fc(groups=1, seed=1)), run(fc()))
 

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from clustered_pfl.radius import Fixed, Quantile, TwoMeans
 from clustered_pfl.tests.plain import equation
-from clustered_pfl.threshold import threshold_clustering
+from clustered_pfl.threshold import longest, threshold_clustering
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -226,8 +226,8 @@ def test_no_step_is_longer_than_tau_times_the_share_inside(seed: int, method: st
 
 
 BAD = {
-    torch.float32: [math.nan, math.inf, -math.inf, 1e38, -3e38, 1e19],
-    torch.float64: [math.nan, math.inf, -math.inf, 1e300, -1e308, 1e154],
+    torch.float32: [math.nan, math.inf, -math.inf, 1e38, -3e38, 6e18],
+    torch.float64: [math.nan, math.inf, -math.inf, 1e300, -1e308, 4e153],
 }
 
 
@@ -252,6 +252,20 @@ def test_points_that_are_not_finite_or_overflow_never_leak(rule, dtype: torch.dt
         expected = torch.tensor(np.stack([v for v, _, _ in runs]), dtype=dtype)
         torch.testing.assert_close(found.centers, expected, rtol=0, atol=atol)
         assert found.members[:, :6].tolist() == [members.tolist() for _, members, _ in runs]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_count_up_to_the_longest(dtype: torch.dtype, method: str) -> None:
+    z = cloud().to(dtype)
+    for share, counts in ((0.99, True), (1.01, False)):
+        z[3] = 0
+        z[3, 1] = share * longest(dtype)
+        found = threshold_clustering(z, z[0], radius=Fixed(math.inf), rounds=1, method=method)
+        assert found.members[0].tolist() == [counts or j != 3 for j in range(12)]
+        assert found.centers.isfinite().all()
+    start = torch.full((5,), longest(dtype), dtype=dtype)  # sqrt(5) times too long
+    assert torch.equal(threshold_clustering(z, start, radius=Fixed(math.inf), method=method).centers[0], start)
 
 
 @pytest.mark.parametrize("method", METHODS)
