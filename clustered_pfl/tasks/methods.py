@@ -55,9 +55,9 @@ def build(config: TrialConfig, loss: Loss, starts: Params, clusters: Tensor, see
         case "global":
             rule = None
             if c.aggregate != "mean":
-                from clustered_pfl.rivals import rule as robust
+                from clustered_pfl.rivals import RULES
 
-                rule = robust(c.aggregate, config.attack.clients)
+                rule = RULES[c.aggregate](config.attack.clients)
             return Global(loss, starts, aggregate=rule, **shared, **momentum, **attack)  # type: ignore[arg-type]
         case "ground_truth":
             return GroundTruth(loss, starts, clusters=clusters, **shared, **momentum)  # type: ignore[arg-type]

@@ -241,6 +241,13 @@ def test_the_rates_slope_and_its_gap_to_the_ground_truth(arm: str, within: float
         assert judge(BY_ID["C9"], world(-1.0, -1.0 - gap)).verdict == word
 
 
+def test_one_setup_above_the_bound_is_enough(records: FakeRecords) -> None:
+    test = BY_ID["C8"].parts["excess below βσΔ everywhere"]
+    for factor, below in ((4.99, True), (5.01, False)):
+        world = changed(records, "theory", "excess", _scaled([1, 1, 1, factor, 1, 1, 1, 1, 1]), arm="byzantine")
+        assert (test(world).p < 0.05) == below  # type: ignore[arg-type]
+
+
 def test_a_run_has_lost_a_cluster_ten_points_below_its_ground_truth(records: FakeRecords) -> None:
     claim = BY_ID["C3.lost"]
 

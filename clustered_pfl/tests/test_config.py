@@ -9,10 +9,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
+from clustered_pfl import attacks, rivals
 from clustered_pfl.claims import CLAIMS
 from clustered_pfl.config import (
     ATTACKS,
     METHODS,
+    RULES,
     AttackConfig,
     BlobsConfig,
     EstimationConfig,
@@ -150,6 +152,7 @@ def test_every_option_of_every_group_composes() -> None:
             seen.setdefault(group, set()).add(getattr(value, "name", getattr(value, "kind", "")))
     assert seen["method"] == set(METHODS) and seen["attack"] == set(ATTACKS)
     assert seen["task"] == set(TASKS)
+    assert set(ATTACKS) == {"none", "label_flip", *attacks.ATTACKS} and set(RULES) == {"mean", *rivals.RULES}
     assert seen["partition"] == {"rotation", "private_label", "label_groups"}
     assert seen["model"] == {"mlp", "vgg8", "vgg16"}
 

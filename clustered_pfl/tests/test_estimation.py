@@ -48,15 +48,15 @@ def test_few_rounds_leave_a_share_of_the_start():
 
 @pytest.mark.parametrize(("beta", "count"), [(0.05, 4), (0.1, 8), (0.2, 18), (0.02, 1)])
 def test_attackers_inside_the_radius_pull_by_their_share_of_the_members(beta, count):
-    delta, n = 40.0, 36
-    task = EstimationConfig(members=[n], separation=[delta], byzantine=[beta], draws=60)
+    delta, n, noise = 80.0, 36, 2.0
+    task = EstimationConfig(members=[n], separation=[delta], byzantine=[beta], noise=noise, draws=60)
     (row,), _ = run(estimation, config(task, seed=1))
     share = count / (2 * n + count)
     assert abs(share - beta) < 1 / (2 * n + count)  # whole points
-    assert row["bound"] == [pytest.approx(share * delta, rel=1e-12)]
-    z = points(1, 60, n, 10)
+    assert row["bound"] == [pytest.approx(share * noise * delta, rel=1e-12)]
+    z = points(1, 60, n, 10, noise)
     pull = torch.zeros(10, dtype=F64)
-    pull[0] = -0.7 * math.sqrt(delta)  # on the far side from the other cluster
+    pull[0] = -0.7 * math.sqrt(noise * delta)  # on the far side from the other cluster
     estimate = (z.sum(1) + count * pull) / (n + count)
     assert row["errors"] == [pytest.approx(estimate.square().sum(1).mean().item(), rel=1e-9)]
     clean = z.mean(1).square().sum(1).mean().item()

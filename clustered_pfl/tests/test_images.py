@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from clustered_pfl.attacks import ATTACKS
 from clustered_pfl.clustering import FederatedClustering, MomentumClustering
-from clustered_pfl.config import AttackConfig, ImagesConfig, MethodConfig, ModelConfig, PartitionConfig
+from clustered_pfl.config import RULES, AttackConfig, ImagesConfig, MethodConfig, ModelConfig, PartitionConfig
 from clustered_pfl.federation import stack
 from clustered_pfl.models import build as network
 from clustered_pfl.radius import Fixed, Quantile, TwoMeans
@@ -298,6 +298,16 @@ def test_knn_per_mixes_with_neighbours_by_the_weight_that_held_out_rows_choose(t
     assert row["test_loss"] == pytest.approx(losses / count, rel=1e-4)
 
 
+@pytest.mark.parametrize(("name", "share"), [("knn_per", 0.8), ("global", 1.0)])
+def test_only_knn_per_keeps_rows_out_of_training(
+    name: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, batch = [], Clients.batch
+    monkeypatch.setattr(Clients, "batch", lambda self, step, kept=1.0: asked.append(kept) or batch(self, step, kept))
+    trial(tmp_path, METHODS[name], steps=2)
+    assert asked == [share, share]
+
+
 def test_a_client_without_test_rows_is_not_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Clients.test_rows
 
@@ -328,6 +338,20 @@ def test_methods_that_cannot_be_attacked_refuse_attackers(attack: str, name: str
 def test_every_attack_runs_against_the_methods_that_face_it(attack: str, name: str, tmp_path: Path) -> None:
     (row,), _ = trial(tmp_path, METHODS[name], attack=AttackConfig(attack, 2), steps=2)
     assert row["diverged"] == (name == "global" and attack == "non_finite")
+
+
+def test_every_rule_aggregates_with_and_without_attackers(tmp_path: Path) -> None:
+    losses = {}
+    for rule in RULES:
+        for attack in (AttackConfig(), AttackConfig("large_gradient", 2)):
+            folder = scratch(tmp_path, f"{rule} {attack.name}")
+            (row,), _ = trial(folder, method("global", aggregate=rule), attack=attack, steps=3)
+            losses[rule, attack.name] = row["test_loss"]
+    assert len({losses[rule, "none"] for rule in RULES}) == len(RULES)
+    for rule in RULES:
+        assert losses[rule, "none"] < 10
+        held = losses[rule, "large_gradient"] < 10  # messages of size 1e6 are left out
+        assert held == (rule != "mean"), rule
 
 
 def test_settings_reach_the_federation(tmp_path: Path, kept: list[Any]) -> None:
