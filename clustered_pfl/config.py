@@ -21,7 +21,7 @@ METHODS = (
 )
 ATTACKS = ("none", "large_gradient", "bit_flip", "inside_radius", "non_finite", "label_flip")
 RULES = ("mean", "krum", "multi_krum", "median", "trimmed_mean", "geometric_median")
-STARTS = ("random", "oracle", "official", "shared", "crowded")
+STARTS = ("random", "oracle", "official", "equal", "shared", "crowded")
 DTYPES = ("float32", "float64")
 
 
@@ -80,8 +80,8 @@ class MethodConfig:
     """IFCA by `gradient` or `model` averaging."""
     start: str = "random"
     """First models of ifca and hypcluster: `random`; `oracle`: the true clusters' own starts; `official`: as the
-    official synthetic code indexes them; `shared`: all equal, as its CIFAR code has them; `crowded`: one amid the
-    clusters, the others far away."""
+    official synthetic code indexes them; `equal`: K copies of one; `shared`: one object under K names, as its
+    CIFAR code has them; `crowded`: one amid the clusters, the others far away."""
     pull: float = 1.0
     """Strength of the pull towards the global model (Ditto's lambda)."""
     neighbours: int = 10

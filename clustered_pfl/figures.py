@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,7 +106,11 @@ def official(records: Records) -> Figure:
     """The same arm as it should be and as the official code has it."""
     frames = [samples.task_rows(records, "private_label", e) for e in ("table1", "official")]
     pairs = (("fc", "fc_neg_prob"), ("local", "local_neg_prob"), ("ground_truth", "ground_truth_neg_prob"))
-    arms = [arm for pair in (*pairs, ("local", "local_redraw"), ("ifca", "ifca_shared")) for arm in pair]
+    arms = [
+        arm
+        for pair in (*pairs, ("local", "local_redraw"), ("ifca", "ifca_shared"), ("ifca", "ifca_equal"))
+        for arm in pair
+    ]
     arms = list(dict.fromkeys(arms))
     figure, ax = new(height=4.0)
     frame = pd.concat(frames)
@@ -212,21 +217,31 @@ def error_terms(records: Records) -> Figure:
     setups, errors = samples.estimates(records, "members")
     _log_log(axes[0], setups[:, 0], errors, "measured", 0)
     axes[0].plot(setups[:, 0], 1 / setups[:, 0], color=INK, linewidth=1, linestyle=":", label="1/n")
+    _ticks(axes[0], setups[::2, 0], (0.02, 0.05, 0.1, 0.2))
     axes[0].set_xlabel("members n")
     axes[0].set_ylabel("squared error (σ²)")
     setups, errors = samples.estimates(records, "separation")
     _log_log(axes[1], setups[:, 1], errors, "measured", 0)
     axes[1].axhline(1 / setups[0, 0], color=INK, linewidth=1, linestyle=":", label="1/n")
+    _ticks(axes[1], (2, 4, 10, 30, 100), (0.06, 0.08, 0.1))
     axes[1].set_xlabel("separation Δ (σ)")
     setups, excess = samples.estimates(records, "byzantine", "excess")
     for i, beta in enumerate(np.unique(setups[:, 2])):
         chosen = setups[:, 2] == beta
         _log_log(axes[2], setups[chosen, 1], excess[:, chosen], f"β = {beta:g}", i)
+    _ticks(axes[2], (10, 40, 160), (0.1, 1, 10))
     axes[2].set_xlabel("separation Δ (σ)")
     axes[2].set_ylabel("excess error (σ²)")
     for ax in axes:
         ax.legend(fontsize=8)
     return figure
+
+
+def _ticks(ax: Axes, x: Sequence[float] | NDArray, y: Sequence[float]) -> None:
+    """Plain numbers at these places of two logarithmic axes, nothing between them."""
+    ax.minorticks_off()
+    ax.set_xticks(list(x), [f"{v:g}" for v in x])
+    ax.set_yticks(list(y), [f"{v:g}" for v in y])
 
 
 def _log_log(ax: Axes, x: NDArray, samples: NDArray, label: str, index: int) -> None:

@@ -39,8 +39,9 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     Returns:
         One dict a seed: of the evaluated split, `<split>_accuracy` and `<split>_loss` (nats; mean over clients,
         weighted by their test rows) and `<split>_worst` (accuracy of the worst client); of the last clustering,
-        `precision`, `recall` and `tau` (means over clients); of IFCA and HypCluster, `occupied` (models with clients)
-        and `exact` (1 when the clusters are the true ones); `label_counts` of the first seed's partition, (N, classes).
+        `clustering_precision`, `_recall` and `_tau` (means over clients); of IFCA and HypCluster, `clustering_occupied`
+        (models with clients) and `_exact` (1 when the clusters are the true ones); `label_counts` of the first seed's
+        partition, (N, classes).
         In the history: accuracy and loss on the validation split.
     """
     run_ = setup(config.threads, config.device, config.precision, seed=config.seed)
@@ -71,7 +72,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
             save_checkpoint(trial.folder, plain, step=done, extra=federation.state_dict())
             saved = time.monotonic()
     metrics = {f"{task.evaluate}_{k}": v for k, v in evaluate(federation, task.evaluate).items()}
-    metrics |= watch(federation, report, clients.clusters)
+    metrics |= {f"clustering_{k}": v for k, v in watch(federation, report, clients.clusters).items()}
     rows = [{"seed": seed} | {k: v[i].item() for k, v in metrics.items()} for i, seed in enumerate(seeds)]
     counts = clients.label_counts
     return [row | {"diverged": not math.isfinite(row[f"{task.evaluate}_loss"]), "label_counts": counts} for row in rows]
@@ -98,12 +99,11 @@ def starts(config: TrialConfig, clients: Clients, seeds: list[int]) -> Params:
         ValueError: a start that images do not have.
     """
     c, shape = config.method, clients.views.shape[2:]
-    if c.name not in CLUSTERED:
-        count, unlike = len(clients.clusters), 1
-    else:
-        if c.start not in ("random", "shared"):
-            raise ValueError(f"method.start={c.start}: must be random or shared for images")
-        count = c.models or config.partition.n_clusters
+    count, unlike = len(clients.clusters), 1
+    if c.name in CLUSTERED:
+        if c.start not in ("random", "equal", "shared"):
+            raise ValueError(f"method.start={c.start}: must be random, equal or shared for images")
+        count = 1 if c.start == "shared" else c.models or config.partition.n_clusters
         unlike = count if c.start == "random" else 1
     first = []
     for seed in seeds:

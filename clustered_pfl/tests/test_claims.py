@@ -261,7 +261,7 @@ def test_a_run_has_lost_a_cluster_ten_points_below_its_ground_truth(records: Fak
     assert judge(claim, world(0.099)).verdict != REPRODUCED
 
 
-def test_equal_starts_must_cost_ifca_twenty_points(records: FakeRecords) -> None:
+def test_one_object_must_cost_ifca_twenty_points(records: FakeRecords) -> None:
     steady = changed(records, "table1", "test_accuracy", _near(0.9), arm="ifca")
     for level, word in ((0.699, REPRODUCED), (0.701, CONTRADICTED)):
         shared = changed(steady, "official", "test_accuracy", _near(level), arm="ifca_shared")

@@ -32,7 +32,7 @@ from clustered_pfl.train import TASKS, main
 from common.claims import NOT_TESTABLE, judge
 from common.compose import Composer, conf_dir
 from common.sweeps import Job, Planner
-from common.tests.planners import Diagonal, seeds_of
+from common.tests.planners import seeds_of
 
 CONF = conf_dir("clustered_pfl")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -47,6 +47,14 @@ def laptop() -> Planner:
 @pytest.fixture(scope="module")
 def plans(laptop: Planner) -> dict[str, list[Job]]:
     return {e: laptop.plan(e) for e in EXPERIMENTS}
+
+
+class First(Planner):
+    """Plans the first grid of every experiment, the first value of every axis."""
+
+    def entries(self, experiment: str) -> list[dict[str, Any]]:
+        entry = super().entries(experiment)[0]
+        return [{k: v[:1] if isinstance(v, list) else v for k, v in entry.items()}]
 
 
 def check_jobs(jobs: list[Job], experiment: str, scale: str) -> None:
@@ -67,20 +75,13 @@ def test_every_experiment_composes_at_laptop_scale(plans: dict[str, list[Job]], 
 
 
 def test_every_experiment_composes_at_smoke_scale_and_is_short() -> None:
-    planner = Diagonal(main, None, "smoke")
+    planner = First(main, None, "smoke")
     for experiment in EXPERIMENTS:
         jobs = planner.plan(experiment)
         check_jobs(jobs, experiment, "smoke")
         for config in (job.config for job in jobs):
             assert (config["max_steps"], config["n_seeds"], config["tracking"]["mode"]) == (10, 3, "disabled")
             assert config["task"].get("steps", 10) == 10 and config["task"].get("draws", 10) == 10
-
-
-class First(Planner):
-    """Plans the first grid of every experiment."""
-
-    def entries(self, experiment: str) -> list[dict[str, Any]]:
-        return super().entries(experiment)[:1]
 
 
 def test_grids_for_one_gpu_are_those_of_the_paper_or_the_laptop_and_compose(laptop: Planner) -> None:
@@ -218,7 +219,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     *[(MethodConfig, {"alpha": a}, f"method.alpha={a}: must be in (0, 1]") for a in (0.0, 1.1)],
     *[(MethodConfig, {k: 0}, f"method.{k}=0: must be >= 1, or null") for k in ("centers", "models")],
     (MethodConfig, {"variant": "both"}, "method.variant=both: must be gradient or model"),
-    (MethodConfig, {"start": "zero"}, "method.start=zero: must be one of random, oracle, official, shared, crowded"),
+    (
+        MethodConfig,
+        {"start": "zero"},
+        "method.start=zero: must be one of random, oracle, official, equal, shared, crowded",
+    ),
     (MethodConfig, {"pull": -0.1}, "method.pull=-0.1: must be >= 0"),
     *[(MethodConfig, {"mixtures": m}, f"method.mixtures={m}: must be a list") for m in ([], [0.5, 1.5], [-0.5])],
     (MethodConfig, {"aggregate": "max"}, "method.aggregate=max: must be one of mean, krum, multi_krum, median"),

@@ -281,7 +281,7 @@ def test_mnist_trains_from_a_folder_as_the_official_code_does(tmp_path: Path, me
     assert first["test_loss"] != second["test_loss"]
     assert np.array(first["label_counts"]).sum(1).tolist() == [10] * 8
     if method == "federated_clustering":
-        assert {"precision", "recall", "tau"} <= first.keys()
+        assert {"clustering_precision", "clustering_recall", "clustering_tau"} <= first.keys()
 
 
 @pytest.mark.usefixtures("offline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from clustered_pfl.config import MethodConfig, RadiusConfig, TrialConfig
 from common.data import DataConfig
+from common.records import flatten
 
 DIGITS = {"name": "digits", "validation": 0.15, "test": 0.2, "classes": 10}
 
@@ -40,7 +42,14 @@ def config(task: Any, *, seed: int = 0, n_seeds: int = 1, **groups: Any) -> Tria
 def run(module: Any, trial: TrialConfig) -> tuple[list[dict[str, Any]], Log]:
     """The rows and the log of a trial."""
     log = Log(list(range(trial.seed, trial.seed + trial.n_seeds)))
-    return module.run(trial, log), log
+    return without_clash(module.run(trial, log), trial), log
+
+
+def without_clash(rows: list[dict[str, Any]], trial: TrialConfig) -> list[dict[str, Any]]:
+    """The rows, none of whose metrics has the name of a config key: records put both side by side."""
+    keys = set(flatten(dataclasses.asdict(trial))) - {"seed"}
+    assert all(not keys & set(row) for row in rows), keys & set(rows[0])
+    return rows
 
 
 def scratch(path: Path, name: str) -> Path:
