@@ -359,17 +359,11 @@ def say(what: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run every comparison, print the table, write the file."""
-    options = {"device": "cpu", "seconds": "8", "results": "results"}
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        key, _, value = argument.partition("=")
-        if key not in options or not value:
-            sys.exit(f"{argument}: must be key=value with a key of {', '.join(options)}")
-        options[key] = value
-    device, seconds = options["device"], float(options["seconds"])
+    device, seconds, results = bench.options(arguments)
     groups = (round_rows, streaming_rows, clustering_rows, aggregation_rows, clustered_rows)
     rows = [row for group in groups for row in group(device, seconds)]
     bench.show(rows, f"Threshold- and Federated-Clustering on {device}")
-    print(bench.write("clustered_pfl", rows, device, options["results"]))
+    print(bench.write("clustered_pfl", rows, device, results))
 
 
 if __name__ == "__main__":

@@ -173,16 +173,10 @@ def count(shapes: Shapes) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run every comparison, print the table, write the file."""
-    options = {"device": "cpu", "seconds": "8", "results": "results"}
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        key, _, value = argument.partition("=")
-        if key not in options or not value:
-            sys.exit(f"{argument}: must be key=value with a key of {', '.join(options)}")
-        options[key] = value
-    device, seconds = options["device"], float(options["seconds"])
+    device, seconds, results = bench.options(arguments)
     rows = [*optimizer_rows(device, seconds), *compiled_rows(device, seconds), *tracker_rows(device, seconds)]
     bench.show(rows, f"RotationalAdamW on {device}")
-    print(bench.write("rotational_optimizers", rows, device, options["results"]))
+    print(bench.write("rotational_optimizers", rows, device, results))
 
 
 if __name__ == "__main__":

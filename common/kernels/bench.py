@@ -219,6 +219,20 @@ def threads_of(n: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def options(arguments: Sequence[str] | None = None) -> tuple[str, float, str]:
+    """Read a bench's command line `[device=cpu] [seconds=8] [results=results]` (default: sys.argv).
+
+    Returns: torch device, seconds a comparison, folder of the results. Anything else exits with one line.
+    """
+    found = {"device": "cpu", "seconds": "8", "results": "results"}
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        key, _, value = argument.partition("=")
+        if key not in found or not value:
+            sys.exit(f"{argument}: must be key=value with a key of {', '.join(found)}")
+        found[key] = value
+    return found["device"], float(found["seconds"]), found["results"]
+
+
 def write(paper: str, rows: Sequence[Row], device: str = "cpu", results: Path | str = "results") -> Path:
     """Write `<results>/<paper>/bench-<device>.json` (atomically) and return its path.
 
