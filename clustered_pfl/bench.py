@@ -13,7 +13,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -253,6 +253,28 @@ def round_rows(device: str, seconds: float) -> Iterator[bench.Row]:
             )  # fmt: skip
 
 
+def seed_rows(device: str, seconds: float) -> Iterator[bench.Row]:
+    """Eight seeds side by side, as experiments run them, against a loop over seeds and clients."""
+    problem, seeds = synthetic(*SIZES.synthetic[0], device), 8
+    params, batches = pytree.tree_map(lambda t: torch.stack([t] * seeds), (problem.params, problem.batches))
+    side_by_side = replace(problem, params=params, batches=batches)
+    loop = Plain(problem, by_loops)  # the same seed again and again costs the same
+
+    def gate() -> None:
+        ours, alone = side_by_side.ours(replicas=True), problem.ours()
+        ours.step(batches)
+        alone.step(problem.batches)
+        close(ours.models, alone.models.expand_as(ours.models))
+
+    say(f"FC round of {seeds} seeds, {problem.name}")
+    yield from bench.compare(
+        f"FC round of {seeds} seeds", problem.name,
+        ("all pairs and seeds at once", partial(side_by_side.ours(replicas=True).step, batches)),
+        {"loop over seeds and clients": partial(repeat, seeds, loop.step)},
+        check=gate, device=device, operations=seeds * problem.operations, budget_s=seconds / 2,
+    )  # fmt: skip
+
+
 def streaming_rows(device: str, seconds: float) -> Iterator[bench.Row]:
     """What a bounded memory costs."""
     problem = network(*SIZES.large_network, device)
@@ -360,7 +382,7 @@ def say(what: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run every comparison, print the table, write the file."""
     device, seconds, results = bench.options(arguments)
-    groups = (round_rows, streaming_rows, clustering_rows, aggregation_rows, clustered_rows)
+    groups = (round_rows, seed_rows, streaming_rows, clustering_rows, aggregation_rows, clustered_rows)
     rows = [row for group in groups for row in group(device, seconds)]
     bench.show(rows, f"Threshold- and Federated-Clustering on {device}")
     print(bench.write("clustered_pfl", rows, device, results))
