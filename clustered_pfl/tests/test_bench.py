@@ -68,6 +68,7 @@ def test_every_comparison_runs_and_is_written(monkeypatch, tmp_path, capsys):
         ("10 FC rounds", fc, "loop over clients"),
         ("FC round", fc, "loop over clients"),
         ("FC round", fc, "vmap"),
+        ("FC round of 8 seeds", "all pairs and seeds at once", "loop over seeds and clients"),
         ("FC round", "streamed, memory_mb=16", "all at once"),
         *((tc, "Gram", name) for name in ("direct", "torch.cdist loop", "loop over points")),
         *(("aggregation", one, f"byzfl {name}") for name in RULES),
