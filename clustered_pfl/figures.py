@@ -104,19 +104,12 @@ def table1(records: Records) -> Figure:
 
 def official(records: Records) -> Figure:
     """The same arm as it should be and as the official code has it."""
-    frames = [samples.task_rows(records, "private_label", e) for e in ("table1", "official")]
-    pairs = (("fc", "fc_neg_prob"), ("local", "local_neg_prob"), ("ground_truth", "ground_truth_neg_prob"))
-    arms = [
-        arm
-        for pair in (*pairs, ("local", "local_redraw"), ("ifca", "ifca_shared"), ("ifca", "ifca_equal"))
-        for arm in pair
-    ]
-    arms = list(dict.fromkeys(arms))
+    losses = [arm for base in ("fc", "ground_truth", "local") for arm in (base, f"{base}_neg_prob")]
+    arms = [*losses, "local_redraw", "ifca", "ifca_shared", "ifca_equal"]
+    frame = pd.concat([samples.task_rows(records, "private_label", e) for e in ("table1", "official")])
     figure, ax = new(height=4.0)
-    frame = pd.concat(frames)
-    bars_with_ci(
-        ax, [name(a).replace(", ", ",\n") for a in arms], [_accuracy(frame, a) for a in arms], "test accuracy (%)"
-    )
+    labels = [name(arm).replace(" ", "\n") for arm in arms]
+    bars_with_ci(ax, labels, [_accuracy(frame, arm) for arm in arms], "test accuracy (%)")
     ax.tick_params(axis="x", labelsize=8)
     return figure
 
