@@ -28,6 +28,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; set PYTHON=<path>")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(PIP_TORCH) --constraint requirements.lock --editable '.[$(EXTRAS)]'
+	@# robust aggregation rules to compare with; its benchmark's torchvision would not import beside every torch
+	$(PY) -m pip install --quiet --no-deps --constraint requirements.lock byzfl
 	@touch $@
 
 test: $(READY)  ## lint, types, import rules and every test (two workers)

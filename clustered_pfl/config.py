@@ -364,7 +364,7 @@ class TrialConfig(CommonConfig):
         check("precision", self.precision, self.precision == "fp32", "fp32")
 
 
-register("trial_schema", TrialConfig)
+register("clustered_pfl_schema", TrialConfig)
 for _name, _schema in (
     ("images", ImagesConfig),
     ("regression", RegressionConfig),

@@ -28,7 +28,7 @@ def _byzfl() -> ModuleType:
         return importlib.import_module("byzfl.aggregators")
     spec = importlib.util.find_spec("byzfl")
     if spec is None:
-        raise ImportError("clustered_pfl.rivals needs byzfl: pip install byzfl")
+        raise ImportError("clustered_pfl.rivals needs byzfl: pip install --no-deps byzfl")
     before = set(sys.modules)
     sys.modules["byzfl"] = importlib.util.module_from_spec(spec)  # a parent that is not run
     try:

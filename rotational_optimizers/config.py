@@ -226,6 +226,6 @@ class TrialConfig(CommonConfig):
         check("precision", self.precision, self.precision != "fp16", "fp32 or bf16")
 
 
-register("trial_schema", TrialConfig)
+register("rotational_optimizers_schema", TrialConfig)
 register("network_schema", NetworkTaskConfig, group="task")
 register("random_walk_schema", RandomWalkConfig, group="task")

@@ -128,7 +128,7 @@ def test_a_byzfl_that_is_already_imported_is_used_and_stays(fresh):
 
 def test_without_byzfl_the_error_says_what_to_install(fresh):
     fresh.setitem(sys.modules, "byzfl", None)
-    with pytest.raises(ImportError, match="pip install byzfl"):
+    with pytest.raises(ImportError, match="pip install --no-deps byzfl"):
         RULES["median"](1)
 
 
