@@ -1,6 +1,7 @@
 """Train a tiny network for a few steps on this process's part of every batch; rank 0 prints the losses as JSON."""
 
 import json
+import os
 import sys
 
 import torch
@@ -31,7 +32,9 @@ def main(folder: str) -> None:
             save_checkpoint(folder, wrapped, optimizer, step=step + 1)
             load_checkpoint(folder, wrapped, optimizer)
     if run.is_main:
-        print(json.dumps({"losses": losses, "world": run.world, "wrapped": wrapped is not model}))
+        print(json.dumps({"losses": losses, "world": run.world, "wrapped": wrapped is not model}), flush=True)
+    run.wait()
+    os._exit(0)  # gloo's threads now and then abort a process on its way out ("terminate called without ...")
 
 
 if __name__ == "__main__":
