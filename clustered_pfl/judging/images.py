@@ -327,8 +327,7 @@ CLAIMS = [
         control=swap_attacks,
         figure=figures.attacks,
         caption=f"10 attackers beside 40 honest clients. {BANDS} Dotted: chance. The robust rules train one model for "
-        f"all, "
-        "which contradicting labels limit to about a quarter without any attacker.",
+        "all, which contradicting labels limit to about a quarter without any attacker.",
     ),
     Claim(
         id="C6.adaptive",
