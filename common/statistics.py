@@ -26,6 +26,7 @@ from common.pairing import paired, values
 
 Array = NDArray[np.float64]
 LEVEL = 0.95  # of every confidence interval
+SHARED = ", splits of shared rows"
 
 __all__ = [
     "Outcome",
@@ -81,49 +82,58 @@ class Outcome:
             raise ValueError(f"n={self.n}: must be >= 1")
 
 
-def paired_greater(a: ArrayLike, b: ArrayLike, margin: float = 0.0, *, unit: str = "") -> Outcome:
+def paired_greater(
+    a: ArrayLike, b: ArrayLike, margin: float = 0.0, *, unit: str = "", overlap: float = 0.0
+) -> Outcome:
     """Test mean(a − b) > margin by a paired one-sided t test.
 
     a, b: (n,) one value a seed, same seeds in the same order (as `paired` gives them). Effect: mean(a − b).
+    overlap: test rows over training rows, where seeds are splits of the same rows and therefore not independent: the
+    variance of the mean is (1/n + overlap) times that of a value (Nadeau and Bengio 2003). 0: independent seeds.
     Raises ValueError for unequal lengths, different seed indices (when both are Series) or values that are not finite.
     """
     first, second = _pair(a, b)
-    return _greater(
-        first - second, margin, f"paired one-sided t: difference > {margin:g}", unit, _rounding(first, second)
-    )
+    test = f"paired one-sided t: difference > {margin:g}"
+    return _greater(first - second, margin, test, unit, _rounding(first, second), overlap)
 
 
-def noninferior(a: ArrayLike, b: ArrayLike, margin: float, *, unit: str = "") -> Outcome:
+def noninferior(a: ArrayLike, b: ArrayLike, margin: float, *, unit: str = "", overlap: float = 0.0) -> Outcome:
     """Test mean(a − b) > −margin: a is not worse than b by `margin` or more (larger is better). margin > 0."""
     if margin <= 0:
         raise ValueError(f"margin={margin}: must be > 0")
-    return replace(
-        paired_greater(a, b, -margin, unit=unit), test=f"non-inferiority, paired one-sided t: difference > {-margin:g}"
-    )
+    outcome = paired_greater(a, b, -margin, unit=unit, overlap=overlap)
+    return replace(outcome, test=f"non-inferiority, {outcome.test}")
 
 
-def mean_greater(x: ArrayLike, bound: float, *, unit: str = "") -> Outcome:
-    """Test mean(x) > bound by a one-sample t test; x: (n,) one value a seed. Effect: mean(x)."""
-    values = _sample("x", x)
-    return _greater(values, bound, f"one-sided t: mean > {bound:g}", unit, _rounding(values, np.asarray(bound)))
+def mean_greater(x: ArrayLike, bound: float, *, unit: str = "", overlap: float = 0.0) -> Outcome:
+    """Test mean(x) > bound by a one-sample t test; x: (n,) one value a seed. Effect: mean(x).
+
+    overlap: as in `paired_greater`.
+    """
+    values, test = _sample("x", x), f"one-sided t: mean > {bound:g}"
+    return _greater(values, bound, test, unit, _rounding(values, np.asarray(bound)), overlap)
 
 
-def mean_less(x: ArrayLike, bound: float, *, unit: str = "") -> Outcome:
-    """Test mean(x) < bound by a one-sample t test; x: (n,) one value a seed. Effect: mean(x)."""
-    return replace(_mirror(mean_greater(x, bound, unit=unit)), test=f"one-sided t: mean < {bound:g}")
+def mean_less(x: ArrayLike, bound: float, *, unit: str = "", overlap: float = 0.0) -> Outcome:
+    """Test mean(x) < bound by a one-sample t test; arguments as in `mean_greater`. Effect: mean(x)."""
+    outcome = mean_greater(x, bound, unit=unit, overlap=overlap)
+    return replace(_mirror(outcome), test=outcome.test.replace(">", "<"))
 
 
-def equivalence(x: ArrayLike, low: float, high: float, *, unit: str = "") -> Outcome:
+def equivalence(x: ArrayLike, low: float, high: float, *, unit: str = "", overlap: float = 0.0) -> Outcome:
     """Test low < mean(x) < high by two one-sided t tests (TOST); x: (n,) one value a seed. Effect: mean(x).
+
+    overlap: as in `paired_greater`.
 
     p is the larger of the two one-sided p-values. p_opposite asks for a mean outside [low, high] on either side: twice
     the smaller of the mirrored p-values, which keeps its size at any width of the interval.
     """
     if not low < high:
         raise ValueError(f"low={low}, high={high}: must satisfy low < high")
-    above, below = mean_greater(x, low, unit=unit), mean_less(x, high, unit=unit)
+    above = mean_greater(x, low, unit=unit, overlap=overlap)
+    below = mean_less(x, high, unit=unit, overlap=overlap)
     outside = min(1.0, 2.0 * min(above.p_opposite, below.p_opposite))
-    test = f"two one-sided t (TOST): {low:g} < mean < {high:g}"
+    test = f"two one-sided t (TOST): {low:g} < mean < {high:g}" + (SHARED if overlap else "")
     return replace(above, p=max(above.p, below.p), p_opposite=outside, test=test)
 
 
@@ -294,13 +304,15 @@ def _rounding(*arrays: Array) -> float:
     return 8.0 * float(np.finfo(np.float64).eps) * max(float(np.max(np.abs(a))) for a in arrays)
 
 
-def _greater(d: Array, bound: float, test: str, unit: str, rounding: float) -> Outcome:
+def _greater(d: Array, bound: float, test: str, unit: str, rounding: float, overlap: float = 0.0) -> Outcome:
     """One-sample t test of mean(d) > bound; d: (n,)."""
-    n, mean = len(d), float(np.mean(d))
+    if not 0 <= overlap < math.inf:
+        raise ValueError(f"overlap={overlap}: must be >= 0, test rows over training rows")
+    n, mean, test = len(d), float(np.mean(d)), test + (SHARED if overlap else "")
     if n == 1:
         return Outcome(mean, math.nan, math.nan, 1, 1.0, 1.0, test, unit, "one seed: no test possible")
-    error = float(np.std(d, ddof=1)) / math.sqrt(n)
-    if float(np.ptp(d)) <= rounding:
+    error = float(np.std(d, ddof=1)) / math.sqrt(n) * math.sqrt(1 + n * overlap)
+    if float(np.ptp(d)) <= rounding or error == 0:  # error underflows for differences near the smallest float
         gap = mean - bound
         tie = abs(gap) <= rounding
         p, opposite = (1.0, 1.0) if tie else ((0.0, 1.0) if gap > 0 else (1.0, 0.0))

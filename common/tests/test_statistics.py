@@ -277,3 +277,27 @@ def test_a_run_without_number_counts_as_diverged():
 def test_pairing_refuses_what_it_cannot_pair(frame, message):
     with pytest.raises(ValueError, match=message):
         s.paired(frame, "a", "b", "accuracy")
+
+
+@given(finite.filter(lambda pairs: len(pairs) > 2), st.floats(0.05, 1))
+def test_shared_rows_widen_the_interval_as_nadeau_and_bengio_say(pairs, overlap):
+    a, b = (np.array(v) for v in zip(*pairs, strict=True))
+    plain, shared = s.paired_greater(a, b), s.paired_greater(a, b, overlap=overlap)
+    assert shared.effect == plain.effect
+    width = shared.ci_high - shared.ci_low
+    assert width == pytest.approx((plain.ci_high - plain.ci_low) * np.sqrt(1 + len(a) * overlap), abs=1e-9, rel=1e-6)
+    assert "shared rows" in shared.test and "shared rows" not in plain.test
+
+
+def test_shared_rows_in_every_test_of_means():
+    x = np.array([0.1, 0.3, 0.2, 0.25, 0.15])
+    error = x.std(ddof=1) * np.sqrt(1 / 5 + 0.25)
+    expected = stats.t.sf((x.mean() - 0.05) / error, 4)
+    assert s.mean_greater(x, 0.05, overlap=0.25).p == pytest.approx(expected)
+    assert s.noninferior(x, np.zeros(5), 0.1, overlap=0.25).p == pytest.approx(stats.t.sf((x.mean() + 0.1) / error, 4))
+    below = s.mean_less(x, 0.5, overlap=0.25)
+    assert below.p == pytest.approx(stats.t.cdf((x.mean() - 0.5) / error, 4)) and "mean < 0.5" in below.test
+    both = s.equivalence(x, 0.0, 0.5, overlap=0.25)
+    assert both.p == pytest.approx(max(below.p, stats.t.sf(x.mean() / error, 4)))
+    with pytest.raises(ValueError, match="overlap=-1"):
+        s.mean_greater(x, 0.0, overlap=-1)
