@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,38 @@ def paired(
             f"seeds {lone} are in only one of {arm_a!r} and {arm_b!r}: a paired test needs every seed in both"
         )
     return a.to_numpy(), b.to_numpy()
+
+
+def both(
+    frame: pd.DataFrame,
+    arm_a: str,
+    arm_b: str,
+    metric: str,
+    *,
+    mode: Literal["max", "min"] = "max",
+    worst: float | None = None,
+) -> tuple[Array, Array]:
+    """`paired` over the seeds that both arms have; one that only one arm has is left out."""
+    common = set(frame["seed"][frame["arm"] == arm_a]) & set(frame["seed"][frame["arm"] == arm_b])
+    return paired(frame[frame["seed"].isin(common)], arm_a, arm_b, metric, mode=mode, worst=worst)
+
+
+def rows(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    """The rows with the given values; `task__clients=4` reads the column `task.clients`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = frame
+    for key, value in where.items():
+        column = key.replace("__", ".")
+        if column not in found:
+            raise ValueError(f"column {column!r} is not recorded: the frame has {', '.join(map(str, frame.columns))}")
+        same = np.isclose(found[column], value) if isinstance(value, float) else found[column] == value
+        found = found[same]
+    if found.empty:
+        raise ValueError(f"no record with {where}")
+    return found
 
 
 def _by_seed(frame: pd.DataFrame, arm: str, metric: str, mode: str, worst: float | None) -> pd.Series:

@@ -82,9 +82,7 @@ class Outcome:
             raise ValueError(f"n={self.n}: must be >= 1")
 
 
-def paired_greater(
-    a: ArrayLike, b: ArrayLike, margin: float = 0.0, *, unit: str = "", overlap: float = 0.0
-) -> Outcome:
+def paired_greater(a: ArrayLike, b: ArrayLike, margin: float = 0.0, *, unit: str = "", overlap: float = 0.0) -> Outcome:
     """Test mean(a − b) > margin by a paired one-sided t test.
 
     a, b: (n,) one value a seed, same seeds in the same order (as `paired` gives them). Effect: mean(a − b).

@@ -11,6 +11,7 @@ An experiment (conf/experiment/<name>.yaml) holds, for every scale, a list of gr
             - {arm: rv, select: {experiment: tune, arm: rv, metric: val_accuracy, mode: max}, seed: 10, n_seeds: 8}
 
 A list is an axis, the product of an entry's axes gives its trials; `"a,b": [[1, 2], [3, 4]]` moves two keys together.
+An entry that is a list stands for its entries, so that one scale can take over another's (`paper: [*laptop, …]`).
 `select` starts from the overrides of the best trial of an arm in another experiment (mean over seeds of `metric`; a
 diverged seed makes a setting the worst), optionally only among those with the values in `where`; the entry's own
 overrides come on top. `hydra.sweeper.overrides` (how scale=smoke shrinks everything) and the command line's follow.
@@ -108,7 +109,7 @@ class Planner:
         grids = self.sweeper(experiment).get("grids") or {}
         for scale in (self.scale, *FALLBACKS.get(self.scale, ())):
             if scale in grids:
-                return grids[scale]
+                return [entry for part in grids[scale] for entry in (part if isinstance(part, list) else [part])]
         return []
 
     def needs(self, experiment: str) -> set[str]:

@@ -12,18 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from clustered_pfl import figures
-from clustered_pfl.judging.samples import (
-    BANDS,
-    UNKNOWN,
-    Test,
-    both,
-    by_quantile,
-    fewer,
-    rows,
-    task_rows,
-)
+from clustered_pfl.judging.samples import BANDS, UNKNOWN, Test, by_quantile, fewer, task_rows
 from common.claims import Claim, Control, chain, swap_arms
-from common.pairing import values
+from common.pairing import both, rows, values
 from common.statistics import (
     Outcome,
     equivalence,

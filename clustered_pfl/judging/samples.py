@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from common.pairing import paired
+from common.pairing import rows
 from common.statistics import Outcome
 
 if TYPE_CHECKING:
@@ -25,30 +25,6 @@ PANELS = ((4, 4), (4, 16), (16, 4))
 PLATEAUS = {0.5: 1.5, 1.0: 2.95, 2.0: 5.9, 4.0: 13.4}
 """Standard deviation of the blobs -> plateau read off the paper's figure by eye."""
 BANDS = "Bands and bars: 95 % confidence interval over seeds."
-
-
-def rows(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
-    """The rows with the given values; `task__clients=4` reads the column `task.clients`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = frame
-    for key, value in where.items():
-        column = key.replace("__", ".")
-        same = np.isclose(found[column], value) if isinstance(value, float) else found[column] == value
-        found = found[same]
-    if found.empty:
-        raise ValueError(f"no record with {where}")
-    return found
-
-
-def both(
-    frame: pd.DataFrame, a: str, b: str, metric: str, mode: Any = "max", worst: float | None = None
-) -> tuple[Array, Array]:
-    """The metric of two arms over the seeds that both have."""
-    common = set(frame["seed"][frame["arm"] == a]) & set(frame["seed"][frame["arm"] == b])
-    return paired(frame[frame["seed"].isin(common)], a, b, metric, mode=mode, worst=worst)
 
 
 def fewer(a: NDArray[np.bool_], b: NDArray[np.bool_], detail: str = "") -> Outcome:

@@ -12,16 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from clustered_pfl import figures
-from clustered_pfl.judging.samples import (
-    BANDS,
-    PANELS,
-    UNKNOWN,
-    Test,
-    both,
-    rows,
-)
+from clustered_pfl.judging.samples import BANDS, PANELS, UNKNOWN, Test
 from common.claims import Claim, Control, chain, permute, swap_arms
-from common.pairing import paired, values
+from common.pairing import both, paired, rows, values
 from common.statistics import (
     Outcome,
     equivalence,
@@ -44,7 +37,7 @@ def panel(records: Records, k: int, n: int, dtype: str = "float64") -> pd.DataFr
 
 def decades(records: Records, k: int, n: int, a: str, b: str, dtype: str = "float64") -> Array:
     """log10 distance of arm b minus that of arm a, (seeds,): how many decades a is closer."""
-    first, second = both(panel(records, k, n, dtype), a, b, "log10_distance", "min")
+    first, second = both(panel(records, k, n, dtype), a, b, "log10_distance", mode="min")
     return second - first
 
 

@@ -9,18 +9,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from clustered_pfl import figures
-from clustered_pfl.judging.samples import (
-    BANDS,
-    PLATEAUS,
-    UNKNOWN,
-    Test,
-    estimates,
-    fewer,
-    rows,
-    slopes,
-)
+from clustered_pfl.judging.samples import BANDS, PLATEAUS, UNKNOWN, Test, estimates, fewer, slopes
 from common.claims import Claim, Control, chain, swap_arms
-from common.pairing import paired, values
+from common.pairing import paired, rows, values
 from common.statistics import (
     Outcome,
     equivalence,
