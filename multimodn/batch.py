@@ -11,7 +11,7 @@ from torch import Tensor
 from common.config import check
 
 if TYPE_CHECKING:
-    from torch import nn
+    from multimodn.network import Network
 
 Inputs = Mapping[str, Any]
 """Modality -> tensor or numpy array (..., B, F), (..., B, T, F) or (..., B, C, H, W)."""
@@ -34,7 +34,7 @@ def observed(x: Tensor, lead: int = 1) -> Tensor:
     return ~x.isnan().flatten(lead).any(-1) if x.ndim > lead else ~x.isnan()
 
 
-def read_batch(model: nn.Module, inputs: Inputs, masks: Masks | None = None) -> Batch:
+def read_batch(model: Network, inputs: Inputs, masks: Masks | None = None) -> Batch:
     """Check a batch against a model and zero what is missing, so that no NaN reaches a value or a gradient.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
         check("hidden", list(hidden), all(width >= 1 for width in hidden), "a list of integers >= 1")
         self.state_size, self.outputs, self.hidden = state_size, outputs, tuple(hidden)
         widths = [state_size, *hidden]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.last = nn.Linear(widths[-1], outputs)
 
     @property

@@ -1,4 +1,4 @@
-"""What each modality says: exact reads of the chain, no gradients and no sampling (section 3.8).
+"""What each modality says: exact reads of the chain, no gradients and no sampling.
 
     cumulative   P(y | s_k) along the chain, one row a step
     individual   P(y | e_k(s_0, x_k)) - P(y | s_0), each modality alone

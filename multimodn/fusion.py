@@ -1,4 +1,4 @@
-"""P-Fusion, the baseline: modalities encoded side by side, missing ones padded, embeddings concatenated (section 3.9)."""
+"""P-Fusion, the baseline: modalities encoded side by side, missing ones padded, embeddings concatenated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from common.config import check
 from multimodn.batch import Inputs, Masks
-from multimodn.network import Grid, Network
+from multimodn.network import Grid, Network, total_width
 
 
 class PFusion(Network):
@@ -52,8 +52,7 @@ class PFusion(Network):
     @property
     def embedding_size(self) -> int:
         """Inputs of a decoder."""
-        sizes = sum(int(encoder.state_size) for encoder in self.encoders.values())  # type: ignore[arg-type]
-        return sizes + (len(self.encoders) if self.indicator else 0)
+        return total_width(self.encoders.values()) + (len(self.encoders) if self.indicator else 0)
 
     def forward(self, inputs: Inputs, masks: Masks | None = None, *, missing: str | None = None) -> Grid:
         """Encode, pad, concatenate and decode; arguments and errors as in `MultiModN.forward`."""

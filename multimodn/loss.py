@@ -1,9 +1,9 @@
-"""The training loss: errors of every task on every state, and how far the state moves (section 3.5)."""
+"""The training loss: errors of every task on every state, and how far the state moves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from common.config import check
 if TYPE_CHECKING:
     from torch import nn
 
+    from multimodn.decoders import Decoder
+
 Targets = Mapping[str, Tensor]
-"""Task -> (..., B) int64 with -100, (..., B) float with NaN, or (..., B, L) float with NaN, where a label is missing."""
+"""Task -> (..., B) int64, or (..., B) or (..., B, L) float; -100 or NaN where a label is missing."""
 NORMALISE = ("constant", "present")
 
 
@@ -56,8 +58,9 @@ def grid_loss(
     check("normalise", normalise, normalise in NORMALISE, f"one of {', '.join(NORMALISE)}")
     weight = with_first_row(present)  # (..., K+1, B)
     rows, batch = weight.shape[-2:]
-    total: Tensor | float = 0.0
-    for name, decoder in decoders.items():
+    total = weight.new_zeros((), dtype=next(iter(outputs.values())).dtype)
+    for name, module in decoders.items():
+        decoder = cast("Decoder", module)
         if name not in targets:
             raise KeyError(f"targets: no labels of task {name!r}; labels that are not known are -100 or NaN")
         target = targets[name]

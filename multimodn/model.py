@@ -1,4 +1,4 @@
-"""MultiModN: a chain of encoders over named modalities, every task decoded after each of them (section 3)."""
+"""MultiModN: a chain of encoders over named modalities, every task decoded after each of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MultiModN(Network):
         missing: which samples skip an encoder whose modality is missing somewhere in the batch. `sample`: those that
             lack it; predictions do not depend on the batch. `batch`: all samples of the batch, as the official code
             does; training then practically ignores a modality that is often missing (see the paper's README).
-        initial_state: (S,) fixed start; None: a trained one, drawn from N(0, 1) (section 3.1).
+        initial_state: (S,) fixed start; None: a trained one, drawn from N(0, 1).
 
     Raises:
         ValueError: no decoder, or sizes that do not fit, with the modality or task named.

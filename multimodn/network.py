@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from common.config import check
 from multimodn.batch import Batch, Inputs, Masks, read_batch, skip_batches
+from multimodn.decoders import Decoder
 from multimodn.loss import Targets, grid_loss
 
 MISSING_RULES = ("sample", "batch")
@@ -54,6 +56,10 @@ class Network(nn.Module):
         """Names of the tasks."""
         return tuple(self.decoders)
 
+    def decoder(self, task: str) -> Decoder:
+        """The decoder of a task."""
+        return cast(Decoder, self.decoders[task])
+
     def read(self, inputs: Inputs, masks: Masks | None, missing: str | None) -> Batch:
         """Check a batch and apply the rule for missing modalities (None: the model's own)."""
         rule = self.missing if missing is None else missing
@@ -86,7 +92,7 @@ class Network(nn.Module):
 
     def probabilities(self, grid: Grid) -> dict[str, Tensor]:
         """Task -> (..., K+1, B, C): class probabilities of every row of the grid, or predicted values."""
-        return {name: decoder.probabilities(grid.outputs[name]) for name, decoder in self.decoders.items()}
+        return {name: self.decoder(name).probabilities(outputs) for name, outputs in grid.outputs.items()}
 
     @torch.no_grad()
     def predict(self, inputs: Inputs, masks: Masks | None = None, **options: Any) -> dict[str, Tensor]:
@@ -101,3 +107,8 @@ class Network(nn.Module):
         finally:
             self.train(training)
         return {name: p[..., -1, :, :] for name, p in self.probabilities(grid).items()}
+
+
+def total_width(encoders: Iterable[nn.Module]) -> int:
+    """Numbers of all embeddings together."""
+    return sum(cast(int, encoder.state_size) for encoder in encoders)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def stack(models: Sequence[M], seeds: Sequence[int] | None = None) -> M:
     """
     if not models:
         raise ValueError("models=[]: must hold at least one model")
-    stacked = _stack(list(models), type(models[0]).__name__)
+    stacked = cast(M, _stack(list(models), type(models[0]).__name__))
     stacked.n_models = len(models)  # type: ignore[assignment]
     generators = [torch.Generator() for _ in models]
     for generator, seed in zip(generators, seeds or range(len(models)), strict=True):
@@ -57,7 +57,7 @@ def unstack(stacked: M) -> list[M]:
     models = [_unstack(stacked, i) for i in range(n)]
     for model in models:
         model.n_models = None  # type: ignore[assignment]
-    return models
+    return cast(list[M], models)
 
 
 class StackedDropout(nn.Module):
@@ -106,8 +106,10 @@ def _stack(peers: list[nn.Module], where: str) -> nn.Module:
         stacked._modules[name] = _stack([peer.get_submodule(name) for peer in peers], f"{where}.{name}")
     for name in getattr(first, "stackable_parameters", ()):
         values = torch.stack([getattr(peer, name).detach() for peer in peers])
-        trained = isinstance(getattr(first, name), nn.Parameter)
-        (stacked._parameters if trained else stacked._buffers)[name] = nn.Parameter(values) if trained else values
+        if isinstance(getattr(first, name), nn.Parameter):
+            stacked._parameters[name] = nn.Parameter(values)
+        else:
+            stacked._buffers[name] = values
     return stacked
 
 

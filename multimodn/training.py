@@ -78,7 +78,7 @@ def fit(
     on_epoch: Callable[[int, Tensor], None] | None = None,
     checkpoints: Path | None = None,
 ) -> None:
-    """Train in place by Adam (section 4.1), at a constant rate, without weight decay.
+    """Train in place by Adam, at a constant rate, without weight decay.
 
     Args:
         model: `MultiModN`, `PFusion`, or a stack of N of them.

@@ -140,9 +140,8 @@ def standardise(
     """
     scaled = {}
     for name, x in modalities.items():
-        known = (
-            (x if source is None else source[name]) if rows is None else (x if source is None else source[name])[rows]
-        )
+        known = x if source is None else source[name]
+        known = known if rows is None else known[rows]
         flat = known.reshape(-1, x.shape[-1]).double()
         count = (~flat.isnan()).sum(0).clamp_min(1)
         mean = flat.nansum(0) / count

@@ -1,8 +1,8 @@
 """Mayo Clinic primary biliary cholangitis (`survival/pbc`): 312 patients of a trial and 106 others; a medical cohort.
 
-Modalities: demographics, signs, blood values of every patient, special laboratory values of the trial's patients. Task:
-died within five years (1,826 days) of registration. Patients who were transplanted or lost before then have no label and
-are left out. Also left out: treatment, follow-up time and status (they are the label).
+Modalities: demographics, signs, blood values of every patient, special laboratory values of the trial's patients.
+Task: died within five years (1,826 days) of registration. Patients who were transplanted or lost before then have no
+label and are left out. Also left out: treatment, follow-up time and status (they are the label).
 
 Natural: the 106 patients outside the trial lack signs and special laboratory values.
 """

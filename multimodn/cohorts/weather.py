@@ -56,7 +56,8 @@ def load(config: CohortConfig) -> Cohort:
     sequence = config.name == "weather_sequence"
     offsets = range(BACK, -1, -1) if sequence else LAGS
     past = np.stack([stacked[airport, hour - lag] for lag in offsets], 1)  # (n, T, V)
-    modalities, features = {"clock": torch.from_numpy(clock).float()}, {"clock": CLOCK}
+    modalities = {"clock": torch.from_numpy(clock).float()}
+    features: dict[str, tuple[str, ...]] = {"clock": CLOCK}
     for group, members in VARIABLES.items():
         chosen = torch.from_numpy(past[:, :, [names.index(m) for m in members]]).float()
         modalities[group] = chosen if sequence else chosen.flatten(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ JOINS = ("input", "output", "none")
 
 
 class MLPEncoder(nn.Module):
-    """State and features -> next state, by a perceptron (section 3.2 of the method; Linear layers, ReLU).
+    """State and features -> next state, by a perceptron (Linear layers, ReLU).
 
     Args:
         features: F, columns of the modality.
@@ -50,7 +51,7 @@ class MLPEncoder(nn.Module):
         first = features + (state_size if joins == "input" else 0)
         widths = [first, *hidden]
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.last = nn.Linear(widths[-1] + (state_size if joins == "output" else 0), state_size)
 
     @property

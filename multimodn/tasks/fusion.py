@@ -120,11 +120,11 @@ def judge(config: TrialConfig, network: Network, data: Folds, masks: dict[str, T
         repeated = target[:, None].expand(raw.shape[:-1])  # (N, K+1, n)
         if isinstance(decoder, ClassDecoder):
             p = decoder.probabilities(raw)
-            scores.append(
-                metrics.auroc(p[..., 1], repeated) if decoder.classes == 2 else metrics.auroc_ovr(p, repeated)
-            )
             if decoder.classes == 2:
+                scores.append(metrics.auroc(p[..., 1], repeated))
                 balanced.append(metrics.balanced_accuracy(p[..., -1, :, 1], target))
+            else:
+                scores.append(metrics.auroc_ovr(p, repeated))
         else:
             scores.append(metrics.r2(raw[..., 0], repeated))
         known = decoder.labelled(target)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from multimodn.decoders import ClassDecoder, Decoder, RegressionDecoder
 from multimodn.encoders import ConvEncoder, GRUEncoder, MLPEncoder, RawEncoder, TransformerEncoder
 from multimodn.fusion import PFusion
 from multimodn.model import MultiModN
-from multimodn.network import Network
+from multimodn.network import Network, total_width
 
 if TYPE_CHECKING:
     from multimodn.cohorts.base import Cohort
@@ -34,7 +34,7 @@ def build(config: TrialConfig, cohort: Cohort, seed: int) -> Network:
     parallel = c.kind == "pfusion"
     width = c.state_size
     if parallel:
-        width = sum(int(e.state_size) for e in encoders.values()) + c.indicator * len(encoders)  # type: ignore[arg-type]
+        width = total_width(encoders.values()) + c.indicator * len(encoders)
     decoders: dict[str, Decoder] = {
         name: ClassDecoder(width, task.classes, c.decoder_hidden, c.link)
         if task.kind == "classes"

@@ -1,4 +1,4 @@
-"""Classifiers of scikit-learn on the concatenated columns: what a table needs no fusion for (baselines of C1 and C5)."""
+"""Classifiers of scikit-learn on the concatenated columns: what a table needs no fusion for."""
 
 from __future__ import annotations
 
