@@ -87,7 +87,7 @@ class FusionConfig:
     """Train a network on a cohort and judge it under complete and incomplete test data."""
 
     name: str = "fusion"
-    epochs: int = 20
+    epochs: int = 15
     """Passes over the training rows."""
     batch_size: int = 32
     """Rows of a batch (B)."""
