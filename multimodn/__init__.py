@@ -5,8 +5,9 @@ skipped. `PFusion` is the parallel baseline. `fit` trains one model or a `stack`
 absence of a modality from standing in for the label. `corruption` simulates missingness, `explain` reads contributions.
 """
 
+from multimodn import corruption, explain, metrics
 from multimodn.decoders import ClassDecoder, Decoder, MultiLabelDecoder, RegressionDecoder
-from multimodn.encoders import MLPEncoder, RawEncoder
+from multimodn.encoders import ConvEncoder, GRUEncoder, MLPEncoder, RawEncoder, TransformerEncoder
 from multimodn.fusion import PFusion
 from multimodn.missing import Rule
 from multimodn.model import MultiModN
@@ -16,7 +17,9 @@ from multimodn.training import Rows, fit
 
 __all__ = [
     "ClassDecoder",
+    "ConvEncoder",
     "Decoder",
+    "GRUEncoder",
     "Grid",
     "MLPEncoder",
     "MultiLabelDecoder",
@@ -26,7 +29,11 @@ __all__ = [
     "RegressionDecoder",
     "Rows",
     "Rule",
+    "TransformerEncoder",
+    "corruption",
+    "explain",
     "fit",
+    "metrics",
     "stack",
     "unstack",
 ]

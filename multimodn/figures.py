@@ -263,16 +263,15 @@ def mechanisms(records: Records) -> Figure:
     frame = records["mechanisms"]
     settings = [(c, m) for c in ("star", "nhefs") for m in ("mar", "mnar_values")]
     words = {"mar": "by another modality", "mnar_values": "by its own values"}
+    arms = ("mm_sample", "mm_robust", "pf_sample")
     figure, axes = new(1, 2, height=3.8, sharey=True, sharex=True)
     for ax, metric, title in zip(axes, ("auroc_same", "auroc_flip"), ("unchanged", "turned round"), strict=True):
         found: dict[tuple[int, str], Any] = {
             (i, arm): samples.of(frame, arm, metric, cohort__name=c, corruption__mechanism=m)
             for i, (c, m) in enumerate(settings)
-            for arm in ("mm_sample", "mm_robust", "pf_sample")
+            for arm in arms
         }
-        _dots(
-            ax, [f"{cohort_name(c)},\n{words[m]}" for c, m in settings], ("mm_sample", "mm_robust", "pf_sample"), found
-        )
+        _dots(ax, [f"{cohort_name(c)},\n{words[m]}" for c, m in settings], arms, found)
         ax.set_title(title)
     _legend_below(figure, axes[0], 3)
     return figure

@@ -113,9 +113,29 @@ class MultiModN(Network):
             states.append(state)
             present.append(taken)
         stacked = torch.stack(states, -3)  # (..., K+1, B, S)
-        outputs = {name: decoder(stacked) for name, decoder in self.decoders.items()}
+        lead, size = stacked.shape[:-3], batch.shape[-1]
         steps = torch.stack(present, -2) if present else stacked.new_zeros(0, dtype=torch.bool)
-        return Grid(stacked, outputs, steps.view(*stacked.shape[:-3], len(present), batch.shape[-1]))
+        steps = steps.view(*lead, len(present), size)
+        outputs = {name: self._decode(decoder, stacked, steps) for name, decoder in self.decoders.items()}
+        return Grid(stacked, outputs, steps)
+
+    def _decode(self, decoder: nn.Module, states: Tensor, present: Tensor) -> Tensor:
+        """Outputs of all states, (..., K+1, B, S) -> (..., K+1, B, C).
+
+        How a product rounds depends on the place of a row in its batch. Equal states must give equal outputs, or ties
+        between samples would break at random: the initial state is decoded once, and in evaluation a sample that
+        skips a step keeps its outputs bitwise.
+        """
+        first = decoder(self.initial_state.unsqueeze(-2))  # (..., 1, C)
+        rows = [first.expand(*states.shape[:-3], states.shape[-2], -1)]
+        later = decoder(states[..., 1:, :, :]) if states.shape[-3] > 1 else None
+        if later is None:
+            return rows[0].unsqueeze(-3)
+        if self.training:
+            return torch.cat([rows[0].unsqueeze(-3), later], -3)
+        for k, row in enumerate(later.unbind(-3)):
+            rows.append(torch.where(present[..., k, :].unsqueeze(-1), row, rows[-1]))
+        return torch.stack(rows, -3)
 
     def _steps(self, order: Sequence[str] | Tensor | None, shape: torch.Size) -> list[list[tuple[str, Tensor | None]]]:
         """For every position of the chain the encoders that act there, each on all samples (None) or on some (B,)."""

@@ -316,7 +316,7 @@ CLAIMS = [
             "MultiModN, p = .1: batches of 64 above batches of 2 by .02": smaller_batches_hurt(
                 "mm_batch", 2, 0.1, 0.02
             ),
-            "MultiModN, p = .8: batches of 64 above batches of 2": smaller_batches_hurt("mm_batch", 2, 0.8, 0.0),
+            "p = .8: batches of 64 above batches of 2": smaller_batches_hurt("mm_batch", 2, 0.8, 0.0),
         },
         control=Control(
             "batches of 2 and 64 exchanged",

@@ -108,15 +108,15 @@ CLAIMS = [
             for c in MNAR
         }
         | {
-            "complete test data: loses < .02 to MultiModN by sample, all cohorts": cheap(
+            "complete test data, all cohorts: loses < .02 to MultiModN by sample": cheap(
                 "mm_robust", "mm_sample", 0.02
             ),
             "complete training data: the same numbers as plain training": unchanged_when_complete,
         },
         control=chain(swap_arms("rules", "mm_robust", "mm_sample"), lowered("rules", ("mm_robust_complete",), 0.01)),
         figure=figures.rules,
-        caption="Training rules on four cohorts at p = .8: AUROC on complete, unchanged and flipped test data, mean over "
-        "seeds.",
+        caption="Training rules on four cohorts at p = .8: AUROC on complete, unchanged and flipped test data, mean "
+        "over seeds.",
         note="Chosen among seven rules on validation data of seeds 0 to 4 (experiment rules_tune).",
     ),
     Claim(
@@ -197,8 +197,8 @@ CLAIMS = [
     Claim(
         id="C9.robust",
         title="Really missing values: the robust rule costs less than .02",
-        statement="On tables whose modalities are really missing, the rule is as accurate as plain per-sample training, "
-        "though test rows are missing as training rows are.",
+        statement="On tables whose modalities are really missing, the rule is as accurate as plain per-sample "
+        "training, though test rows are missing as training rows are.",
         source=OURS,
         paper_value=UNKNOWN,
         experiments=("natural",),

@@ -1,0 +1,176 @@
+"""Training in memory: reproducible, resumable, the same alone and in a stack."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from multimodn import Rows, Rule, fit, stack, training, unstack
+from multimodn.tests.networks import batch, multimodn, pfusion, some_missing, targets
+
+N, ROWS = 3, 40
+
+
+def rows(lead: tuple[int, ...] = (), missing: bool = True) -> Rows:
+    masks = some_missing(ROWS, lead=lead) if missing else None
+    return Rows.of(batch(ROWS, lead=lead), targets(ROWS, lead=lead), masks)
+
+
+def numbers(model) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("make", [multimodn, pfusion])
+@pytest.mark.parametrize("how", ["sample", "batch", "robust", Rule(dropout=0.5)])
+def test_a_stack_learns_what_each_model_does_alone(make, how) -> None:
+    data, stacked = rows((N,)), stack([make(s) for s in range(N)])
+    fit(stacked, data, missing=how, epochs=2, batch_size=16, lr=1e-2, seeds=[4, 5, 6])
+    for i, model in enumerate(unstack(stacked)):
+        alone = make(i)
+        own = Rows(*({k: v[i] for k, v in part.items()} for part in (data.inputs, data.masks, data.targets)))
+        fit(alone, own, missing=how, epochs=2, batch_size=16, lr=1e-2, seeds=4 + i)
+        # batched products round otherwise, and Adam's first steps amplify that where gradients vanish
+        close = (numbers(model) - numbers(alone)).abs() < 1e-4
+        assert close.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("make", [multimodn, pfusion])
+def test_neighbours_do_not_matter_with_dropout(make) -> None:
+    data = rows((N,))
+    many = stack([make(s, dropout=0.3) for s in range(N)])
+    fit(many, data, epochs=2, batch_size=16, seeds=[4, 5, 6])
+    two = stack([make(s, dropout=0.3) for s in (0, 1)])
+    part = Rows(*({k: v[:2] for k, v in p.items()} for p in (data.inputs, data.masks, data.targets)))
+    fit(two, part, epochs=2, batch_size=16, seeds=[4, 5])
+    first, second = unstack(many)[1], unstack(two)[1]
+    torch.testing.assert_close(numbers(first), numbers(second), rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_a_function_of_its_seed() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        model = multimodn(dropout=0.3)
+        torch.rand(seed + 3)  # the global generator's state does not matter
+        fit(model, rows(), epochs=2, batch_size=16, seeds=seed)
+        found.append(numbers(model))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_it_learns() -> None:
+    data, losses = rows(missing=False), []
+    fit(multimodn(), data, epochs=60, batch_size=8, lr=1e-2, on_epoch=lambda e, loss: losses.append(loss.item()))
+    assert len(losses) == 60 and losses[-1] < 0.7 * losses[0]
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    plain = stack([multimodn(s, dropout=0.3) for s in range(2)])
+    fit(plain, rows((2,)), epochs=4, batch_size=16, missing="robust", seeds=[1, 2])
+
+    def stop(epoch: int, loss: Tensor) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    first = stack([multimodn(s, dropout=0.3) for s in range(2)])
+    options = {"epochs": 4, "batch_size": 16, "missing": "robust", "seeds": [1, 2], "checkpoints": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, rows((2,)), on_epoch=stop, **options)
+    epochs: list[int] = []
+    second = stack([multimodn(s + 7, dropout=0.3) for s in range(2)])  # other weights: the checkpoint's count
+    fit(second, rows((2,)), on_epoch=lambda e, _: epochs.append(e), **options)
+    assert epochs == [3, 4] and torch.equal(numbers(second), numbers(plain))
+
+
+def test_checkpoints_are_rare(tmp_path: Path) -> None:
+    start = time.monotonic()
+    fit(multimodn(), rows(), epochs=3, checkpoints=tmp_path)
+    assert time.monotonic() - start > training.CHECKPOINT_SECONDS or not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_rows_of_an_epoch() -> None:
+    """File order without shuffling, another order every epoch with it, all rows once."""
+    seen: list[Tensor] = []
+
+    class Spy(torch.nn.Module):
+        state_size = 6
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, state: Tensor, x: Tensor) -> Tensor:
+            seen.append(x[:, 0].clone())
+            return state * self.scale
+
+    from multimodn import ClassDecoder, MultiModN
+
+    data = Rows.of({"a": torch.arange(10.0)[:, None]}, {"yes": torch.zeros(10, dtype=torch.long)})
+    model = MultiModN({"a": Spy()}, {"yes": ClassDecoder(6)}, 6)
+    fit(model, data, epochs=1, batch_size=4, shuffle=False)
+    assert [len(part) for part in seen] == [4, 4, 2] and torch.cat(seen).tolist() == list(range(10))
+    seen.clear()
+    fit(model, data, epochs=2, batch_size=4)
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != list(range(10)) and first.tolist() != second.tolist()
+    seen.clear()
+    fit(model, data, epochs=5, batch_size=4, max_steps=2)
+    assert len(seen) == 2
+
+
+def test_shuffled_orders_are_all_used_and_repeatable() -> None:
+    model = multimodn()
+    found = [tuple(training._order(model, step)) for step in range(600)]
+    counts = {order: found.count(order) for order in set(found)}
+    assert len(counts) == 6 and min(counts.values()) > 60  # 100 expected, standard deviation 9
+    assert found[:5] == [tuple(training._order(model, step)) for step in range(5)]
+    trained = [multimodn() for _ in range(2)]
+    for one in trained:
+        fit(one, rows(), missing=Rule(shuffle=True), epochs=1)
+    assert torch.equal(numbers(trained[0]), numbers(trained[1]))
+    x = batch()
+    assert torch.equal(trained[0].eval()(x).states, trained[0](x, order=["a", "b", "c"]).states)
+
+
+def test_a_leak_penalty_changes_training() -> None:
+    found = []
+    for weight in (0.0, 10.0):
+        model = multimodn()
+        fit(model, rows(), missing=Rule(leak_weight=weight), epochs=1)
+        found.append(numbers(model))
+    assert not torch.equal(*found)
+
+
+def test_rows_clean_what_is_missing() -> None:
+    x = batch(4)
+    x["a"][1, 2] = torch.nan
+    data = Rows.of(x, targets(4))
+    assert data.masks["a"].tolist() == [True, False, True, True] and not data.inputs["a"][1].any()
+    assert data.masks["b"].all() and len(data) == 4
+    part = data.take(torch.tensor([3, 1]))
+    assert torch.equal(part.inputs["b"], x["b"][[3, 1]]) and part.masks["a"].tolist() == [True, False]
+    many = rows((N,)).take(torch.tensor([[0, 1], [2, 3], [4, 5]]))
+    assert torch.equal(many.targets["yes"][1], targets(ROWS, lead=(N,))["yes"][1, 2:4])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": -1}, "epochs=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"seeds": [1, 2]}, "one seed a model"),
+        ({"missing": "never"}, "missing=never"),
+    ],
+)
+def test_what_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(multimodn(), rows(), **options)
+    wrong = rows()
+    wrong.targets["yes"][0] = 2
+    with pytest.raises(ValueError, match="target=2"):
+        fit(multimodn(), wrong)
