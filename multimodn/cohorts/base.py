@@ -86,9 +86,8 @@ class Split:
 def split(cohort: Cohort, seed: int, *, folds: int = 5, validation: float = 0.1) -> Split:
     """One fold of a repeated cross-validation: seed // folds draws the partition, seed % folds picks the test fold.
 
-    Folds are stratified by the joint label of the class tasks; where groups have several rows, whole groups are dealt.
-    The three sizes are the same for every seed of a cohort (a few surplus rows are left out at random), so that models
-    of several seeds can train side by side.
+    Stratified by the joint label of the class tasks; rows of one group stay together. The three sizes are the same for
+    every seed of a cohort (surplus rows are left out at random), so that models of several seeds train side by side.
 
     Args:
         cohort: its rows.
@@ -97,35 +96,42 @@ def split(cohort: Cohort, seed: int, *, folds: int = 5, validation: float = 0.1)
         validation: share of all rows that is held out of the training folds.
 
     Raises:
-        ValueError: fewer groups than folds, or a share that leaves no training rows.
+        ValueError: too few groups, or a share that leaves no training rows.
     """
     check("folds", folds, folds >= 2, ">= 2")
     check("validation", validation, 0 <= validation < 1 - 1 / folds, f"in [0, {1 - 1 / folds:g})")
     n, (repeat, fold) = len(cohort), divmod(seed, folds)
-    groups, first = np.unique(cohort.groups.numpy(), return_inverse=True)
-    check("cohort", f"{len(groups)} groups", len(groups) >= 2 * folds, f"at least {2 * folds} groups")
-    generator = np.random.Generator(np.random.PCG64(key(repeat, SPLIT)))
-    plain = len(groups) == n
-    if plain:
-        ranks = _stratified_order(_joint_label(cohort), generator)
-        fold_of = ranks % folds
-    else:
-        fold_of = _deal_groups(first, len(groups), folds, generator)[first]
-    within = np.random.Generator(np.random.PCG64(key(seed, SPLIT, 1)))
-    test = np.flatnonzero(fold_of == fold)
-    rest = np.flatnonzero(fold_of != fold)
-    if plain:
-        order = _stratified_order(_joint_label(cohort)[rest], within)
-        held = order < round(validation * n)
-    else:
-        held = _hold_groups(first[rest], round(validation * n), within)
-    # what the least lucky fold has: whole groups make sizes uneven
-    slack = 0 if plain else int(np.bincount(first).max())
-    sizes = (n - -(-n // folds) - round(validation * n) - 2 * slack, round(validation * n) - slack, n // folds - slack)
-    check("cohort", f"{n} rows", min(sizes[0], sizes[2]) >= 1 and sizes[1] >= 0, "more rows")
-    parts = (rest[~held], rest[held], test)
-    trimmed = [np.sort(within.permutation(part)[:size]) for part, size in zip(parts, sizes, strict=True)]
-    return Split(*(torch.from_numpy(part) for part in trimmed))
+    groups = cohort.groups.numpy()
+    size, count = np.unique(groups, return_counts=True)
+    check("cohort", f"{len(size)} groups", len(size) >= 2 * folds, f"at least {2 * folds} groups")
+    labels = _joint_label(cohort)
+    rest, test = _folds(labels, groups, folds, key(repeat, SPLIT))[fold]
+    held = np.zeros(len(rest), dtype=bool)
+    if validation:
+        parts = max(2, round((1 - 1 / folds) / validation))
+        held[_folds(labels[rest], groups[rest], parts, key(seed, SPLIT, 1))[0][1]] = True
+    # a fold of whole groups may be smaller than its share by about a group
+    slack = int(count.max()) if count.max() > 1 else 0
+    sizes = [n // folds - slack, round(validation * n) - slack - 1 if validation else 0]
+    sizes.append(n - sum(sizes) - 4 * slack - 3)
+    check("cohort", f"{n} rows in {len(size)} groups", min(sizes) >= bool(validation), "more, or smaller, groups")
+    draw = np.random.Generator(np.random.PCG64(key(seed, SPLIT, 2)))
+    chosen = []
+    for name, part, wanted in zip(("test", "validation", "train"), (test, rest[held], rest[~held]), sizes, strict=True):
+        if len(part) < wanted:
+            raise ValueError(f"cohort {cohort.name}: the {name} part of seed {seed} has {len(part)} rows, not {wanted}")
+        chosen.append(torch.from_numpy(np.sort(draw.permutation(part)[:wanted])))
+    return Split(train=chosen[2], validation=chosen[1], test=chosen[0])
+
+
+def _folds(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rest, fold) for each of `count` stratified folds of whole groups."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    options = {"n_splits": count, "shuffle": True, "random_state": seed}
+    if len(np.unique(groups)) == len(groups):
+        return list(StratifiedKFold(**options).split(labels, labels))
+    return list(StratifiedGroupKFold(**options).split(labels, labels, groups))
 
 
 def standardise(
@@ -168,35 +174,3 @@ def _joint_label(cohort: Cohort) -> np.ndarray:
     codes = codes.reshape(-1)
     rare = np.bincount(codes) < RARE
     return np.where(rare[codes], len(rare), codes)
-
-
-def _stratified_order(codes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A rank for every row such that any slice of ranks, and any residue class, has all codes in proportion."""
-    shuffled = generator.permutation(len(codes))
-    position = np.empty(len(codes))
-    for code in np.unique(codes):
-        members = shuffled[codes[shuffled] == code]
-        position[members] = (np.arange(len(members)) + generator.random()) / len(members)
-    ranks = np.empty(len(codes), dtype=np.int64)
-    ranks[np.argsort(position, kind="stable")] = np.arange(len(codes))
-    return ranks
-
-
-def _deal_groups(first: np.ndarray, count: int, folds: int, generator: np.random.Generator) -> np.ndarray:
-    """The fold of every group: in random order, each to the fold with the fewest rows."""
-    sizes, filled = np.bincount(first, minlength=count), np.zeros(folds, dtype=np.int64)
-    fold_of = np.empty(count, dtype=np.int64)
-    for group in generator.permutation(count):
-        fold_of[group] = filled.argmin()
-        filled[fold_of[group]] += sizes[group]
-    return fold_of
-
-
-def _hold_groups(first: np.ndarray, wanted: int, generator: np.random.Generator) -> np.ndarray:
-    """Mask of rows whose groups are held out: random groups until `wanted` rows are reached."""
-    held = np.zeros(len(first), dtype=bool)
-    for group in generator.permutation(np.unique(first)):
-        if held.sum() >= wanted:
-            break
-        held |= first == group
-    return held

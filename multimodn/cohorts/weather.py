@@ -88,7 +88,7 @@ def _hourly(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     frame["wind_sin"] = (frame["wind_speed"] * np.sin(angle)).where(~calm, 0.0)
     frame["wind_cos"] = (frame["wind_speed"] * np.cos(angle)).where(~calm, 0.0)
     names = [name for group in VARIABLES.values() for name in group]
-    span = range(frame["at"].min(), frame["at"].max() + 1)
+    span = range(frame["at"].max() + 1)
     found = {}
     for airport in AIRPORTS:
         own = frame[frame["origin"] == airport].drop_duplicates("at").set_index("at").reindex(span)[names]
