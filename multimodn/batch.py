@@ -84,9 +84,11 @@ def skip_batches(batch: Batch) -> Batch:
     masks = {
         name: None if mask is None else mask.all(-1, keepdim=True).expand_as(mask) for name, mask in batch.masks.items()
     }
-    inputs = {name: x if (mask := masks[name]) is None else _zeroed(x, mask) for name, x in batch.inputs.items()}
+    inputs = {name: _zeroed(x, masks[name]) for name, x in batch.inputs.items()}
     return Batch(inputs, masks, batch.shape)
 
 
-def _zeroed(x: Tensor, mask: Tensor) -> Tensor:
+def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
     return torch.where(mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), x, 0.0)

@@ -7,14 +7,17 @@ input is changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from common.config import check
+from common.streams import key
 
 ORDERS = ("random", "file")
+MODALITY = 30  # random stream
 
 
 def mcar(n: int, share: float, seed: int) -> Tensor:
@@ -29,6 +32,21 @@ def mcar(n: int, share: float, seed: int) -> Tensor:
     return visible
 
 
+def mcar_masks(masks: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
+    """Hide round(share · n) of the n rows of every modality, drawn for each on its own; what was missing stays missing.
+
+    Args:
+        masks: modality -> (n,) bool, True = present.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+    """
+    return {
+        name: mask & mcar(len(mask), share, key(seed, MODALITY, i)).to(mask.device)
+        for i, (name, mask) in enumerate(masks.items())
+    }
+
+
 def mar(driver: Tensor, share: float, seed: int, *, strength: float = 2.0) -> Tensor:
     """Hide rows with a probability that rises with an observed driver: (n,) bool.
 
@@ -39,14 +57,18 @@ def mar(driver: Tensor, share: float, seed: int, *, strength: float = 2.0) -> Te
         strength: log-odds of being hidden per standard deviation of the driver; negative hides low values.
 
     Raises:
-        ValueError: a share outside [0, 1], or a driver without rows.
+        ValueError: a share outside [0, 1], or a driver without columns or with infinite values.
     """
     _check_share(share)
+    shaped = driver.ndim >= 1 and 0 not in driver.shape[1:]
+    check("driver.shape", tuple(driver.shape), shaped, "(n,) or (n, F) with F >= 1")
+    check("driver", "inf", not bool(driver.isinf().any()), "finite, or NaN for missing")
     score = _score(driver)
     if share in (0.0, 1.0):
-        return torch.full(score.shape, share == 0.0)
+        return torch.full(score.shape, share == 0.0, device=driver.device)
     probability = torch.sigmoid(strength * score + _intercept(strength * score, share))
-    return torch.rand(len(score), generator=_generator(seed), dtype=torch.float64) >= probability
+    draws = torch.rand(len(score), generator=_generator(seed), dtype=torch.float64)
+    return draws.to(driver.device) >= probability
 
 
 def mnar_values(x: Tensor, share: float, seed: int, *, strength: float = 2.0) -> Tensor:
@@ -102,7 +124,7 @@ def _generator(seed: int) -> torch.Generator:
 
 def _score(driver: Tensor) -> Tensor:
     """Mean of the standardised columns, standardised, (n,) float64."""
-    columns = driver.double().reshape(len(driver), -1)
+    columns = driver.double().view(len(driver), math.prod(driver.shape[1:]))
     score = _standard(_standard(columns).mean(1, keepdim=True))
     return score[:, 0]
 
@@ -118,7 +140,9 @@ def _standard(columns: Tensor) -> Tensor:
 
 def _intercept(scores: Tensor, share: float) -> Tensor:
     """The constant that makes the mean of sigmoid(scores + constant) equal `share`, by bisection."""
-    low, high = torch.tensor(-60.0, dtype=torch.float64), torch.tensor(60.0, dtype=torch.float64)
+    # far enough for any strength: beyond, all probabilities would be 0 or 1
+    high = 60.0 + (scores.abs().max() if len(scores) else scores.sum())
+    low = -high
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if torch.sigmoid(scores + middle).mean() < share else (low, middle)

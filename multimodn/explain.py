@@ -1,10 +1,13 @@
 """What each modality says: exact reads of the chain, no gradients and no sampling.
 
     cumulative   P(y | s_k) along the chain, one row a step
+    stepwise     P(y | s_k) - P(y | s_{k-1}), the change at each step of the chain
     individual   P(y | e_k(s_0, x_k)) - P(y | s_0), each modality alone
+    jumps        the AUROC after every step of the chain
     subsets      the AUROC of every subset of the modalities
 
-All take one model, not a stack, and leave its mode as it was.
+All take one model, not a stack, evaluate it without dropout and leave the mode of all its parts as it was. Each sample
+skips what it lacks, whatever the model's own rule, so that no number depends on who else is in the batch.
 """
 
 from __future__ import annotations
@@ -47,15 +50,55 @@ def cumulative(
 
     Returns: columns `step` (0 … K), `modality` (`start` for step 0), `task`, `label` (the class whose probability it
         is, 0 for a regression), `of` (true class of the samples, or `all`), `probability` (mean; the predicted value
-        of a regression), `std` over the samples and `n`, the samples. A sample that lacks a modality keeps its
-        prediction there.
+        of a regression), `std` over the samples, `n`, the samples, and `taken`, those of them that have the modality.
+        A sample that lacks it keeps its prediction there, and counts in the mean.
 
     Raises:
         ValueError: the model is a stack.
     """
-    p = _predictions(model, inputs, masks)
-    names = (START, *model.modalities)
-    return _frame(model, p, targets, names, range(len(names)), "probability")
+    p, present = _read(model, inputs, masks)
+    taken = torch.cat([torch.ones_like(present[:1]), present])  # everybody has the initial state
+    return _frame(model, p, taken, targets, (START, *model.modalities), 0, "probability")
+
+
+def cumulative_samples(
+    model: MultiModN, inputs: Inputs, masks: Masks | None = None, *, task: str, label: int | None = None
+) -> pd.DataFrame:
+    """Prediction of every sample after every step of the chain: `cumulative` before the mean.
+
+    Args:
+        model, inputs, masks: as in `cumulative`.
+        task: which.
+        label: the class (or label of several) whose probability it is; None: 1, or the value of a regression.
+
+    Returns: (B, K+1), a row a sample, columns `start` and the modalities in the order of the chain.
+
+    Raises:
+        KeyError: unknown task.
+        ValueError: the model is a stack, or the task has no such label.
+    """
+    import pandas as pd
+
+    if task not in model.tasks:
+        raise KeyError(f"task={task!r}: must be one of {', '.join(model.tasks)}")
+    p = _read(model, inputs, masks)[0][task]  # (K+1, B, C)
+    last = p.shape[-1] - 1
+    chosen = min(1, last) if label is None else label
+    check("label", chosen, 0 <= chosen <= last, f"in [0, {last}]")
+    return pd.DataFrame(p[..., chosen].T.cpu().numpy(), columns=[START, *model.modalities])
+
+
+def stepwise(
+    model: MultiModN, inputs: Inputs, masks: Masks | None = None, *, targets: Mapping[str, Tensor] | None = None
+) -> pd.DataFrame:
+    """Mean change of the prediction at every step of the chain, given all steps before it.
+
+    Arguments and columns as in `individual`. The contributions of all steps add up to the last prediction less that of
+    the initial state.
+    """
+    p, present = _read(model, inputs, masks)
+    changes = {task: values[1:] - values[:-1] for task, values in p.items()}
+    return _frame(model, changes, present, targets, model.modalities, 1, "contribution")
 
 
 def individual(
@@ -66,18 +109,10 @@ def individual(
     Arguments and columns as in `cumulative`, with `contribution` for `probability` and steps from 1; a sample that
     lacks the modality contributes 0.
     """
-    changes = []
-    for name in model.modalities:
-        own = {name: inputs[name]} if name in inputs else {}
-        shown = None if masks is None else {key: mask for key, mask in masks.items() if key in own}
-        if not own:
-            first = _predictions(model, inputs, masks)
-            changes.append({task: torch.zeros_like(p[0]) for task, p in first.items()})
-            continue
-        p = _predictions(model, own, shown)
-        changes.append({task: values[-1] - values[0] for task, values in p.items()})
-    stacked = {task: torch.stack([change[task] for change in changes]) for task in model.tasks}
-    return _frame(model, stacked, targets, model.modalities, range(1, len(changes) + 1), "contribution")
+    alone = [_read(model, inputs, masks, order=(name,)) for name in model.modalities]
+    changes = {task: torch.stack([p[task][1] - p[task][0] for p, _ in alone]) for task in model.tasks}
+    present = torch.cat([taken for _, taken in alone])
+    return _frame(model, changes, present, targets, model.modalities, 1, "contribution")
 
 
 def subsets(
@@ -88,11 +123,11 @@ def subsets(
     Args:
         model: one model.
         inputs, masks: as in `forward`; a sample must have a modality for it to be shown.
-        targets: task -> (B,) classes.
+        targets: task -> (B,) classes; a task without targets has no score.
         limit: largest number of modalities, since 2^K subsets are computed.
 
     Returns: one row a subset with `modalities` (a tuple of names), `bits` (bit k: modality k is in it), `size`, and one
-        column a task of classes.
+        column a task of classes. A score is NaN, with a warning, where a class is absent.
 
     Raises:
         ValueError: the model is a stack, or has more than `limit` modalities.
@@ -109,48 +144,77 @@ def subsets(
     for bits in range(2 ** len(names)):
         chosen = tuple(name for i, name in enumerate(names) if bits >> i & 1)
         shown = {name: mask & (name in chosen) for name, mask in present.items()}
-        p = model.predict(batch.inputs, shown, missing="sample")
-        scores = {task: _auroc(model, task, p[task], targets[task]) for task in model.tasks if _classes(model, task)}
+        p, _ = _read(model, batch.inputs, shown)
+        scores = {task: _auroc(p[task][-1], targets[task]) for task in _scored(model, targets)}
         rows.append({"modalities": chosen, "bits": bits, "size": len(chosen)} | scores)
     return pd.DataFrame(rows)
 
 
 def jumps(model: MultiModN, inputs: Inputs, targets: Mapping[str, Tensor], masks: Masks | None = None) -> pd.DataFrame:
-    """AUROC after every step of the chain and its increase: columns `step`, `modality`, `task`, `auroc`, `increase`."""
+    """AUROC after every step of the chain, and its increase.
+
+    Args:
+        model, inputs, masks: as in `cumulative`.
+        targets: task -> (B,) classes; a task without targets has no score.
+
+    Returns: columns `step` (0 … K), `modality`, `task`, `auroc` (0.5 for step 0, where all samples are equal; of more
+        than two classes the mean of each against the others) and `increase` (NaN for step 0).
+
+    Raises:
+        ValueError: the model is a stack.
+    """
     import pandas as pd
 
-    p = _predictions(model, inputs, masks)
+    p, _ = _read(model, inputs, masks)
     rows = []
-    for task in (task for task in model.tasks if _classes(model, task)):
+    for task in _scored(model, targets):
         before = float("nan")
         for step, name in enumerate((START, *model.modalities)):
-            score = _auroc(model, task, p[task][step], targets[task])
+            score = _auroc(p[task][step], targets[task])
             row = {"step": step, "modality": name, "task": task, "auroc": score, "increase": score - before}
             rows.append(row)
             before = score
     return pd.DataFrame(rows)
 
 
+def pivot(frame: pd.DataFrame, value: str, *, of: Any = EVERYBODY, label: int = 1) -> pd.DataFrame:
+    """Table for a heat map: a row a task, a column a modality, both in the order of the frame.
+
+    Args:
+        frame: what `cumulative`, `stepwise`, `individual` or `jumps` give.
+        value: its column to show.
+        of: true class of the samples, or `all`; of no effect on `jumps`.
+        label: the class whose probability is shown, 0 for a regression; of no effect on `jumps`.
+
+    Returns: (tasks, modalities); tasks without such a class are left out, and so is `start` where it has no value.
+
+    Raises:
+        ValueError: the frame has no such column, group of samples or class.
+    """
+    check("value", value, value in frame.columns, f"one of {', '.join(map(str, frame.columns))}")
+    for column, wanted in (("of", of), ("label", label)):
+        if column in frame.columns:
+            known = frame[column].unique().tolist()
+            check(column, wanted, wanted in known, f"one of {', '.join(map(str, known))}")
+            frame = frame[frame[column] == wanted]
+    table = frame.pivot(index="task", columns="modality", values=value)
+    table = table.loc[list(dict.fromkeys(frame["task"])), list(dict.fromkeys(frame["modality"]))]
+    empty = START in table.columns and bool(table[START].isna().all())  # nothing increases before the first step
+    return table.drop(columns=START) if empty else table
+
+
 def heat_map(
     ax: Axes, frame: pd.DataFrame, value: str, *, of: Any = EVERYBODY, label: int = 1, fmt: str = "+.2f"
 ) -> None:
-    """Draw `cumulative` (value="probability") or `individual` (value="contribution"): tasks by modalities.
+    """Draw tasks by modalities; arguments and errors as in `pivot`.
 
-    Args:
-        ax: where.
-        frame: what those functions give.
-        value: the column.
-        of: true class of the samples, or `all`.
-        label: the class whose probability is shown.
-        fmt: of the numbers in the cells.
+    ax: where; fmt: of the numbers in the cells.
     """
     from common.figures import heat_map as draw
 
-    chosen = frame[(frame["of"] == of) & (frame["label"] == label)]
-    modalities = list(dict.fromkeys(chosen["modality"]))
-    table = chosen.pivot(index="task", columns="modality", values=value)
-    table = table.loc[list(dict.fromkeys(chosen["task"])), modalities]
-    draw(ax, table.to_numpy(), list(table.index), modalities, f"{value} of class {label}", fmt=fmt)
+    table = pivot(frame, value, of=of, label=label)
+    unit = f"{value} of class {label}" if "label" in frame.columns else value
+    draw(ax, table.to_numpy(), list(table.index), list(table.columns), unit, fmt=fmt)
 
 
 def _check_single(model: Network) -> None:
@@ -159,60 +223,71 @@ def _check_single(model: Network) -> None:
 
 @contextmanager
 def _evaluating(model: Network) -> Iterator[None]:
-    training = model.training
+    # part by part: an encoder that is frozen in evaluation mode inside a model in training stays so
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for part, training in modes:
+            part.training = training
 
 
-def _predictions(model: MultiModN, inputs: Inputs, masks: Masks | None) -> dict[str, Tensor]:
-    """Task -> (K+1, B, C)."""
+def _read(model: Network, inputs: Inputs, masks: Masks | None, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Predictions, task -> (K+1, B, C), and who took which step, (K, B) bool."""
     _check_single(model)
     with _evaluating(model):
-        return model.probabilities(model(inputs, masks, missing="sample"))
+        grid = model(inputs, masks, missing="sample", **options)
+        return model.probabilities(grid), grid.present
 
 
 def _classes(model: Network, task: str) -> bool:
     return isinstance(model.decoders[task], ClassDecoder)
 
 
-def _auroc(model: Network, task: str, p: Tensor, target: Tensor) -> float:
-    two = p.shape[-1] == 2
-    return (metrics.auroc(p[..., 1], target) if two else metrics.auroc_ovr(p, target)).item()
+def _scored(model: Network, targets: Mapping[str, Tensor]) -> list[str]:
+    return [task for task in model.tasks if task in targets and _classes(model, task)]
+
+
+def _auroc(p: Tensor, target: Tensor) -> float:
+    labels = target.to(p.device)
+    return (metrics.auroc(p[..., 1], labels) if p.shape[-1] == 2 else metrics.auroc_ovr(p, labels)).item()
 
 
 def _frame(
     model: Network,
     predictions: Mapping[str, Tensor],
+    taken: Tensor,
     targets: Mapping[str, Tensor] | None,
     names: tuple[str, ...],
-    steps: range,
+    first: int,
     value: str,
 ) -> pd.DataFrame:
-    """Means over samples of predictions (steps, B, C), a row a step, task, class and group of samples."""
+    """Means over samples of predictions (steps, B, C), taken (steps, B): a row a step, task, class and group."""
     import pandas as pd
 
     rows = []
+    taken = taken.cpu()
     for task, p in predictions.items():
+        values = p.double().cpu()
         groups: list[tuple[Any, Tensor]] = [(EVERYBODY, torch.ones(p.shape[1], dtype=torch.bool))]
-        if targets is not None and _classes(model, task):
+        if targets is not None and task in targets and _classes(model, task):
             known = targets[task].cpu()
             groups += [(int(c), known == c) for c in known.unique().tolist() if c != MISSING]
-        for (of, members), (i, step), label in itertools.product(groups, enumerate(steps), range(p.shape[-1])):
-            own = p[i, members.to(p.device), label].double()
+        for (of, members), (i, name), label in itertools.product(groups, enumerate(names), range(p.shape[-1])):
+            own = values[i, members, label]
             rows.append(
                 {
-                    "step": step,
-                    "modality": names[i],
+                    "step": first + i,
+                    "modality": name,
                     "task": task,
                     "label": label,
                     "of": of,
                     value: own.mean().item(),
                     "std": own.std(correction=0).item(),
                     "n": len(own),
+                    "taken": int(taken[i, members].sum()),
                 }
             )
     return pd.DataFrame(rows)

@@ -208,7 +208,7 @@ def batch_sizes(records: Records) -> Figure:
     figure, axes = new(1, 2, height=3.6, sharey=True)
     frame = records["batch_sizes"]
     for ax, share in zip(axes, (0.1, 0.8), strict=True):
-        for i, arm in enumerate(("mm_batch", "pf_batch", "mm_sample")):
+        for i, arm in enumerate(("mm_batch", "pf_batch")):
             own = rows(frame, arm=arm, cohort__name="star", corruption__share=share)
             table = own.pivot(index="seed", columns="task.batch_size", values="auroc_flip").sort_index(axis=1)
             curve_with_band(ax, table.columns.to_numpy(float), table.to_numpy(float), name(arm), i)

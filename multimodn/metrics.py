@@ -17,7 +17,7 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
         scores: larger means class 1.
         labels: 0, 1, or -100 for samples that do not count.
 
-    Returns: NaN, with a warning, where a class is absent.
+    Returns: NaN, with a warning, where a class is absent; NaN where a score that counts is NaN.
     """
     labels = labels.expand(scores.shape)
     positive, known = labels == 1, labels != MISSING
@@ -25,11 +25,13 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     values = torch.where(known, scores.double(), torch.inf)
     ordered = values.sort(-1).values.contiguous()
     below = torch.searchsorted(ordered, values.contiguous())
-    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
+    # scores of +inf tie with each other, not with the unknown samples behind them
+    upto = torch.searchsorted(ordered, values.contiguous(), right=True).minimum(known.sum(-1, keepdim=True))
     ranks = (below + upto + 1).double() / 2  # average ranks from 1 (Mann and Whitney 1947)
     n_pos, n_neg = positive.sum(-1).double(), (known & ~positive).sum(-1).double()
     u = (ranks * positive).sum(-1) - n_pos * (n_pos + 1) / 2
-    return _defined(u, n_pos * n_neg, "AUROC")
+    broken = (known & scores.isnan()).any(-1)  # a diverged model has no rank
+    return torch.where(broken, torch.nan, _defined(u, n_pos * n_neg, "AUROC"))
 
 
 def auroc_ovr(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -84,6 +86,27 @@ def f1(probability: Tensor, labels: Tensor) -> Tensor:
     """Harmonic mean of precision and sensitivity of class 1, (...); NaN when class 1 is neither there nor predicted."""
     tp, fp, _, fn = confusion(probability, labels)
     return _defined(2 * tp, 2 * tp + fp + fn, "F1")
+
+
+def log_loss(probability: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy (nats) over the samples that have a label, (..., B), (..., B) -> (...).
+
+    Probabilities of class 1 are kept one float64 epsilon away from 0 and 1, so that a sure mistake stays finite.
+    """
+    labels = labels.expand(probability.shape)
+    eps = torch.finfo(torch.float64).eps
+    p = probability.double().clamp(eps, 1 - eps)
+    each = torch.where(labels == 1, -p.log(), -(-p).log1p())
+    known = labels != MISSING
+    return _defined(torch.where(known, each, 0.0).sum(-1), known.sum(-1).double(), "log loss")
+
+
+def rmse(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Root of the mean squared error, in the target's unit, (..., B), (..., B) -> (...); NaN targets do not count."""
+    targets = targets.double().expand(predictions.shape)
+    known = ~targets.isnan()
+    squares = torch.where(known, (predictions.double() - targets).square(), 0.0).sum(-1)
+    return _defined(squares, known.sum(-1).double(), "RMSE").sqrt()
 
 
 def r2(predictions: Tensor, targets: Tensor) -> Tensor:

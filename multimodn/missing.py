@@ -94,14 +94,14 @@ def _strata(targets: Mapping[str, Tensor]) -> Tensor:
         if values.is_floating_point():
             known = values[~values.isnan()]
             edges = known.quantile(torch.linspace(0, 1, BINS + 1)[1:-1].to(known)) if known.numel() else known
+            levels = known.unique()
+            if len(levels) > 1:  # the largest value may fill several bins; an edge at it would part it from nothing
+                edges = edges.clamp_max(levels[-2])
             codes.append(torch.where(values.isnan(), MISSING, torch.bucketize(values, edges)))
         else:
             codes.append(values)
-    _, joint = (
-        torch.stack([code.reshape(len(code), -1).long() for code in codes], 1)
-        .flatten(1)
-        .unique(dim=0, return_inverse=True)
-    )
+    columns = torch.cat([code.reshape(len(code), -1).long() for code in codes], 1)  # a task may have several labels
+    joint = columns.unique(dim=0, return_inverse=True)[1]
     count = torch.bincount(joint)
     rare = count < MIN_STRATUM
     joint = torch.where(rare[joint], len(count), joint)

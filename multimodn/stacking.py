@@ -30,7 +30,8 @@ def stack(models: Sequence[M], seeds: Sequence[int] | None = None) -> M:
             0 ... N-1.
 
     Raises:
-        ValueError: no model, or architectures that differ, with the place named.
+        ValueError: no model, or architectures that differ (frozen parameters included), or a part with parameters of
+            its own that it does not name in `stackable_parameters`; with the place named.
     """
     if not models:
         raise ValueError("models=[]: must hold at least one model")
@@ -84,6 +85,8 @@ class OneByOne(nn.Module):
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(copy.deepcopy(part) for part in parts)
+        self.state_size = getattr(parts[0], "state_size", None)
+        self.training = parts[0].training
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """(N, ...) each -> (N, ...)."""
@@ -98,16 +101,20 @@ def _stack(peers: list[nn.Module], where: str) -> nn.Module:
     if type(first) is nn.Linear:
         return _stack_linear(peers)  # type: ignore[arg-type]
     if isinstance(first, nn.Dropout):
-        return StackedDropout(first.p)
+        return StackedDropout(first.p).train(first.training)
     if not (isinstance(first, PLAIN + CONTAINERS) or getattr(first, "stackable", False)):
         return OneByOne(peers)
+    named = getattr(first, "stackable_parameters", ())
+    own = [name for part in (first._parameters, first._buffers) for name in part if name not in named]
+    if own:
+        raise ValueError(f"{where}: {type(first).__name__}.stackable_parameters must name {', '.join(own)}")
     stacked = _shallow(first)
     for name in first._modules:
         stacked._modules[name] = _stack([peer.get_submodule(name) for peer in peers], f"{where}.{name}")
-    for name in getattr(first, "stackable_parameters", ()):
+    for name in named:
         values = torch.stack([getattr(peer, name).detach() for peer in peers])
         if isinstance(getattr(first, name), nn.Parameter):
-            stacked._parameters[name] = nn.Parameter(values)
+            stacked._parameters[name] = nn.Parameter(values, getattr(first, name).requires_grad)
         else:
             stacked._buffers[name] = values
     return stacked
@@ -122,7 +129,7 @@ def _unstack(stacked: nn.Module, index: int) -> nn.Module:
             layer.weight.copy_(chunk(stacked.weight, stacked.n_models, index))
             if stacked.bias is not None:
                 layer.bias.copy_(chunk(stacked.bias, stacked.n_models, index))
-        return layer
+        return _treat_like(layer, stacked)
     if isinstance(stacked, StackedDropout):
         return nn.Dropout(stacked.p)
     if isinstance(stacked, OneByOne):
@@ -134,7 +141,7 @@ def _unstack(stacked: nn.Module, index: int) -> nn.Module:
         value = getattr(stacked, name)
         own = value[index].detach().clone()
         if isinstance(value, nn.Parameter):
-            model._parameters[name] = nn.Parameter(own)
+            model._parameters[name] = nn.Parameter(own, value.requires_grad)
         else:
             model._buffers[name] = own
     model.train(stacked.training)
@@ -158,10 +165,16 @@ def _stack_linear(peers: list[nn.Linear]) -> Linear:
         layer.weight.copy_(torch.cat([peer.weight for peer in peers]))
         if first.bias is not None:
             layer.bias.copy_(torch.cat([peer.bias for peer in peers]))
-    return layer
+    return cast(Linear, _treat_like(layer, first))
+
+
+def _treat_like(layer: nn.Linear, other: nn.Linear) -> nn.Linear:
+    for name, p in layer.named_parameters():
+        p.requires_grad_(other.get_parameter(name).requires_grad)
+    return layer.train(other.training)
 
 
 def _describe(module: nn.Module) -> str:
-    """What peers must share: class, its own arguments, names of its parts, shapes of its own parameters."""
-    shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
+    """What peers must share: class, arguments, names of parts, shapes and freezing of its own parameters."""
+    shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in module._parameters.items() if p is not None}
     return f"{type(module).__name__}({module.extra_repr()}) {list(module._modules)} {shapes}"

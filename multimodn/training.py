@@ -39,8 +39,9 @@ class Rows:
         inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
     ) -> Rows:
         """Rows with masks from NaN where none is given, and zeros where a modality is missing."""
-        lead = next(iter(targets.values())).ndim if targets else 1
-        known = {name: (masks or {}).get(name, observed(x, lead)) for name, x in inputs.items()}
+        lead = _lead(inputs, targets, masks or {})
+        told = {name: mask for name, mask in (masks or {}).items() if mask is not None}
+        known = {name: told[name] if name in told else observed(x, lead) for name, x in inputs.items()}
         clean = {
             name: torch.where(known[name].view(*known[name].shape, *[1] * (x.ndim - lead)), x, 0.0)
             for name, x in inputs.items()
@@ -59,6 +60,16 @@ class Rows:
 
     def __len__(self) -> int:
         return next(iter(self.masks.values())).shape[-1]
+
+
+def _lead(inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> int:
+    """Sample dimensions, 1 or 2: those that all tensors share, since multi-label targets have one more."""
+    if not targets and not masks:
+        return 1
+    shapes = [x.shape[:-1] for x in inputs.values()]
+    shapes += [x.shape for x in (*targets.values(), *masks.values()) if x is not None]
+    both = all(len(shape) >= 2 and shape[:2] == shapes[0][:2] for shape in shapes)
+    return 2 if both else 1
 
 
 def fit(

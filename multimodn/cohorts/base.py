@@ -14,6 +14,7 @@ from common.streams import key
 
 SPLIT = 40  # random stream
 RARE = 10  # rows of a joint label that stratification still tells apart
+DEALS = 100  # deals of whole groups to choose from
 
 
 @dataclass(frozen=True)
@@ -86,52 +87,47 @@ class Split:
 def split(cohort: Cohort, seed: int, *, folds: int = 5, validation: float = 0.1) -> Split:
     """One fold of a repeated cross-validation: seed // folds draws the partition, seed % folds picks the test fold.
 
-    Stratified by the joint label of the class tasks; rows of one group stay together. The three sizes are the same for
+    Independent rows are stratified by the joint label of the class tasks. Where groups have several rows, whole groups
+    are dealt at random; of a few deals the one with the labels most alike is taken. The three sizes are the same for
     every seed of a cohort (surplus rows are left out at random), so that models of several seeds train side by side.
 
     Args:
         cohort: its rows.
-        seed: >= 0.
+        seed: an integer >= 0.
         folds: number of folds.
         validation: share of all rows that is held out of the training folds.
 
     Raises:
-        ValueError: too few groups, or a share that leaves no training rows.
+        ValueError: too few or too large groups, or a share that leaves no training rows.
     """
+    check("seed", seed, seed >= 0, ">= 0")
     check("folds", folds, folds >= 2, ">= 2")
     check("validation", validation, 0 <= validation < 1 - 1 / folds, f"in [0, {1 - 1 / folds:g})")
     n, (repeat, fold) = len(cohort), divmod(seed, folds)
-    groups = cohort.groups.numpy()
-    size, count = np.unique(groups, return_counts=True)
-    check("cohort", f"{len(size)} groups", len(size) >= 2 * folds, f"at least {2 * folds} groups")
-    labels = _joint_label(cohort)
-    rest, test = _folds(labels, groups, folds, key(repeat, SPLIT))[fold]
-    held = np.zeros(len(rest), dtype=bool)
-    if validation:
-        parts = max(2, round((1 - 1 / folds) / validation))
-        held[_folds(labels[rest], groups[rest], parts, key(seed, SPLIT, 1))[0][1]] = True
-    # a fold of whole groups may be smaller than its share by about a group
-    slack = int(count.max()) if count.max() > 1 else 0
-    sizes = [n // folds - slack, round(validation * n) - slack - 1 if validation else 0]
-    sizes.append(n - sum(sizes) - 4 * slack - 3)
-    check("cohort", f"{n} rows in {len(size)} groups", min(sizes) >= bool(validation), "more, or smaller, groups")
-    draw = np.random.Generator(np.random.PCG64(key(seed, SPLIT, 2)))
-    chosen = []
-    for name, part, wanted in zip(("test", "validation", "train"), (test, rest[held], rest[~held]), sizes, strict=True):
-        if len(part) < wanted:
-            raise ValueError(f"cohort {cohort.name}: the {name} part of seed {seed} has {len(part)} rows, not {wanted}")
-        chosen.append(torch.from_numpy(np.sort(draw.permutation(part)[:wanted])))
-    return Split(train=chosen[2], validation=chosen[1], test=chosen[0])
-
-
-def _folds(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rest, fold) for each of `count` stratified folds of whole groups."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    options = {"n_splits": count, "shuffle": True, "random_state": seed}
-    if len(np.unique(groups)) == len(groups):
-        return list(StratifiedKFold(**options).split(labels, labels))
-    return list(StratifiedGroupKFold(**options).split(labels, labels, groups))
+    names, groups, size = np.unique(cohort.groups.numpy(), return_inverse=True, return_counts=True)
+    check("cohort", f"{len(names)} groups", len(names) >= 2 * folds, f"at least {2 * folds} groups")
+    # whole groups miss a share of the rows by less than the largest group: every seed can give these sizes
+    slack = int(size.max()) if len(names) < n else 0
+    wanted = round(validation * n)
+    spare = slack if wanted else 0
+    sizes = (n - -(-n // folds) - wanted - slack - spare, wanted - spare, n // folds - slack)
+    fits = min(sizes[0], sizes[2]) >= 1 and sizes[1] >= min(wanted, 1)
+    check("cohort", f"{n} rows in {len(names)} groups", fits, "more rows, or smaller groups")
+    across = np.random.Generator(np.random.PCG64(key(repeat, SPLIT)))
+    within = np.random.Generator(np.random.PCG64(key(seed, SPLIT, 1)))
+    if slack:
+        labels = _indicators(cohort)
+        fold_of = _alike([_deal_groups(groups, folds, across) for _ in range(DEALS)], labels)
+        rest = np.flatnonzero(fold_of != fold)
+        held = _alike([_hold_groups(groups[rest], wanted, within) for _ in range(DEALS)], labels[rest])
+    else:
+        codes = _joint_label(cohort)
+        fold_of = _deal_rows(codes, folds, across)
+        rest = np.flatnonzero(fold_of != fold)
+        held = _stratified_ranks(codes[rest], within) < wanted
+    parts = (rest[~held], rest[held], np.flatnonzero(fold_of == fold))
+    kept = [np.sort(within.permutation(part)[:rows]) for part, rows in zip(parts, sizes, strict=True)]
+    return Split(*(torch.from_numpy(part) for part in kept))
 
 
 def standardise(
@@ -174,3 +170,61 @@ def _joint_label(cohort: Cohort) -> np.ndarray:
     codes = codes.reshape(-1)
     rare = np.bincount(codes) < RARE
     return np.where(rare[codes], len(rare), codes)
+
+
+def _indicators(cohort: Cohort) -> np.ndarray:
+    """One column of 0 and 1 for each label of each class task, (n, L) float64."""
+    labels = [task.labels.numpy()[:, None] for task in cohort.tasks.values() if task.kind == "classes"]
+    return np.concatenate([y == np.unique(y) for y in labels] or [np.ones((len(cohort), 1))], 1).astype(np.float64)
+
+
+def _deal_rows(codes: np.ndarray, folds: int, generator: np.random.Generator) -> np.ndarray:
+    """The fold of every row, dealt in turn code by code: of each code, and in all, folds differ by at most one row."""
+    shuffled = generator.permutation(len(codes))
+    fold_of = np.empty(len(codes), dtype=np.int64)
+    fold_of[shuffled[np.argsort(codes[shuffled], kind="stable")]] = np.arange(len(codes)) % folds
+    return fold_of
+
+
+def _stratified_ranks(codes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A rank for every row such that the first ranks, however many, have all codes in proportion."""
+    shuffled = generator.permutation(len(codes))
+    position = np.empty(len(codes))
+    for code in np.unique(codes):
+        members = shuffled[codes[shuffled] == code]
+        position[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    ranks = np.empty(len(codes), dtype=np.int64)
+    ranks[np.argsort(position, kind="stable")] = np.arange(len(codes))
+    return ranks
+
+
+def _deal_groups(groups: np.ndarray, folds: int, generator: np.random.Generator) -> np.ndarray:
+    """The fold of every row: groups in random order, each to the fold with the fewest rows.
+
+    Not scikit-learn's StratifiedGroupKFold: it sorts the groups, so that every seed gets the same folds.
+    """
+    sizes, filled = np.bincount(groups), np.zeros(folds, dtype=np.int64)
+    fold_of = np.empty(len(sizes), dtype=np.int64)
+    for group in generator.permutation(len(sizes)):
+        fold_of[group] = filled.argmin()
+        filled[fold_of[group]] += sizes[group]
+    return fold_of[groups]
+
+
+def _hold_groups(groups: np.ndarray, wanted: int, generator: np.random.Generator) -> np.ndarray:
+    """Mask of the rows held out: whole groups in random order until `wanted` rows are reached."""
+    sizes = np.bincount(groups)
+    order = generator.permutation(len(sizes))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    return np.isin(groups, order[before < wanted])
+
+
+def _alike(deals: list[np.ndarray], indicators: np.ndarray) -> np.ndarray:
+    """Of several ways to part the rows, (rows,) each, the one whose parts have the labels, (rows, L), most alike."""
+    whole = indicators.mean(0)
+
+    def distance(part_of: np.ndarray) -> float:
+        means = [indicators[part_of == part].mean(0) for part in np.unique(part_of)]
+        return float(np.square(np.stack(means) - whole).sum())
+
+    return min(deals, key=distance)

@@ -26,7 +26,7 @@ def load(config: CohortConfig) -> Cohort:
     """Read the CSV.
 
     Raises:
-        ValueError: no path, or a header without modalities or tasks.
+        ValueError: no path, a header without modalities or tasks, or labels other than 0, 1 and empty.
         FileNotFoundError: no such file.
     """
     import dataclasses
@@ -46,6 +46,9 @@ def load(config: CohortConfig) -> Cohort:
             parts.setdefault(head, []).append(name)
     labels = parts.pop(TASK, [])
     check("cohort.path", path, bool(parts) and bool(labels), allowed)
+    for name in labels:
+        values = frame[name].dropna().unique()
+        check(f"{path} {name}", values.tolist()[:5], set(values) <= {0, 1}, "0, 1 or empty in every row")
     tasks = {name.partition("__")[2]: binary(frame[name], name) for name in labels}
     found = cohort("edu", frame, parts, tasks, natural=True)
     if "group" in frame:

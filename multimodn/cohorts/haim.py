@@ -4,7 +4,7 @@
 demographics (column 0 as it is, columns 1 to 5 as indicators without their first level), `vd` dense image embedding,
 `n_ech` echo-note embedding, `ts_ce` statistics of chart events. Tasks: Enlarged Cardiomediastinum and Cardiomegaly.
 Rows repeated in (img_id, img_charttime) are dropped, and rows where one of the labels is not 0 or 1. Rows of one
-hospital stay (haim_id) never fall into different splits.
+hospital stay (haim_id) never fall into different splits. Without `natural`, rows that lack a value are dropped too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.config import check
 from multimodn.cohorts.base import Cohort, Task
+from multimodn.cohorts.tables import renumbered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,11 @@ def load(config: CohortConfig) -> Cohort:
         for name, column in LABELS.items()
     }
     stays = torch.from_numpy(np.unique(frame["haim_id"].to_numpy(), return_inverse=True)[1]).long()
-    return Cohort("haim", modalities, features, tasks, stays)
+    found = Cohort("haim", modalities, features, tasks, stays)
+    if config.natural:
+        return found
+    whole = torch.stack([~x.isnan().any(1) for x in modalities.values()]).all(0)
+    return renumbered(found.select(whole))
 
 
 def _columns(header: pd.Index, source: str) -> list[str]:

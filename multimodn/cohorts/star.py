@@ -1,9 +1,9 @@
 """Project STAR (Tennessee 1985-1989, `AER/STAR`): a pupil's grades from kindergarten on; stands in for EDU.
 
-Modalities: background (gender, ethnicity, class type, free lunch and school type in kindergarten), then reading and
-mathematics scores with that year's class type of kindergarten, grade 1 and grade 2. Tasks: reading and mathematics in
-grade 3 above the median of all pupils who took the test. Left out: everything of grade 3 (school, teacher, class),
-which comes after the inputs, and school numbers, which would let a network memorise schools.
+Modalities: background (gender, ethnicity, free lunch and school type in kindergarten), then reading and mathematics
+scores with that year's class type of kindergarten, grade 1 and grade 2. Tasks: reading and mathematics in grade 3 above
+the median of all pupils who took the test. Left out: everything of grade 3 (school, teacher, class), which comes after
+the inputs, and school numbers, which would let a network memorise schools.
 
 Complete: the pupils with all four years (n about 2,600). Natural: all with a grade-3 score; half of them lack early
 years, because they moved.

@@ -17,6 +17,7 @@ import torch
 from common.config import check
 from multimodn.cohorts.base import Cohort, Task
 from multimodn.cohorts.tables import renumbered
+from multimodn.decoders import MISSING
 
 if TYPE_CHECKING:
     from multimodn.cohorts.config import CohortConfig
@@ -40,7 +41,7 @@ def load(config: CohortConfig) -> Cohort:
     """Read every `cohort.stride`-th station, one row a day.
 
     Raises:
-        ValueError: no path, an array of another shape, or variables without a name.
+        ValueError: no path, not an array, one of another shape, or variables without a name.
         FileNotFoundError: no such file.
     """
     allowed = "the .npy array of Weather2K; cohort=weather needs no file"
@@ -48,7 +49,11 @@ def load(config: CohortConfig) -> Cohort:
     path = Path(config.path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:  # numpy's message names neither the file nor what it should be
+        raise ValueError(f"cohort.path={path}: must be {allowed}") from error
+    check("cohort.path", path, isinstance(array, np.ndarray), allowed)
     fits = array.ndim == 3 and array.shape[1] == VARIABLES and array.shape[2] > BLOCK
     check("cohort.path", f"{path} of shape {array.shape}", fits, f"(stations, {VARIABLES}, more than {BLOCK} steps)")
     check("cohort.columns", len(config.columns), len(config.columns) == VARIABLES, f"the {VARIABLES} variables' names")
@@ -76,7 +81,9 @@ def _cohort(config: CohortConfig, values: np.ndarray) -> Cohort:
         else:
             x = np.stack([np.stack([read(name, -lag) for name in members], 1) for lag in offsets], 1)  # (n, T, F)
             x = x if sequence else x.reshape(len(x), -1)
-        modalities[group] = torch.from_numpy(np.ascontiguousarray(x)).float()
+        recorded = torch.from_numpy(np.ascontiguousarray(x)).float()
+        recorded[recorded.flatten(1).isnan().any(1)] = torch.nan  # lacking one value, a modality is missing as a whole
+        modalities[group] = recorded
         own = members if sequence or group == "position" else tuple(f"{m}-{3 * lag}h" for lag in LAGS for m in members)
         features[group] = own
     angle = 2 * np.pi * step / DAY
@@ -86,14 +93,19 @@ def _cohort(config: CohortConfig, values: np.ndarray) -> Cohort:
     features["clock"] = ("year_sin", "year_cos", "day_sin", "day_cos")
     soon = range(1, DAY // 2 + 1)
     change, wind = read("temperature", DAY) - read("temperature"), read("wind_speed", DAY)
-    labels = {
-        "warmer": change > 0,
-        "rain": np.nanmax([read("rain", k) for k in soon], 0) > 0,
-        "low_visibility": np.nanmin([read("visibility", k) for k in soon], 0) < MILES,
-        "windy": wind > np.nanmedian(wind),
+    rain = np.max([read("rain", k) for k in soon], 0)  # NaN where one is: the label is not known then
+    sight = np.min([read("visibility", k) for k in soon], 0)
+    tasks = {
+        "warmer": _task("warmer in 24 hours", change, change > 0),
+        "rain": _task("rain within 12 hours", rain, rain > 0),
+        "low_visibility": _task("below 10 miles within 12 hours", sight, sight < MILES),
+        "windy": _task("wind above the median in 24 hours", wind, wind > np.nanmedian(wind)),
     }
-    tasks = {name: Task("classes", torch.from_numpy(y.astype(np.int64)), 2, name) for name, y in labels.items()}
     found = Cohort(config.name, modalities, features, tasks, torch.from_numpy(step // BLOCK))
     if not config.natural:
         found = found.select(torch.stack([~x.flatten(1).isnan().any(1) for x in modalities.values()]).all(0))
     return renumbered(found)
+
+
+def _task(positive: str, value: np.ndarray, label: np.ndarray) -> Task:
+    return Task("classes", torch.from_numpy(np.where(np.isnan(value), MISSING, label)).long(), 2, positive)

@@ -144,8 +144,8 @@ def in_batches(records: Records, arm: str, size: int, share: float) -> pd.Series
 
 
 def smaller_batches_hurt(arm: str, small: int, share: float, margin: float) -> Test:
-    """Batches of 64 are more than `margin` better than small ones under the flipped pattern."""
-    return lambda records: beats(in_batches(records, arm, 64, share), in_batches(records, arm, small, share), margin)
+    """Batches of 32 are more than `margin` better than small ones under the flipped pattern."""
+    return lambda records: beats(in_batches(records, arm, 32, share), in_batches(records, arm, small, share), margin)
 
 
 def slope_holds(cohort: str, margin: float) -> Test:
@@ -308,22 +308,22 @@ CLAIMS = [
         id="C5.batches",
         title="The batch rule protects less in small batches",
         statement="With p = .1, batches of 2 rarely lack a sample, so the encoder learns from them and the flipped "
-        "pattern costs more than .02 against batches of 64; with p = .8, batches of 64 are above batches of 2 too.",
+        "pattern costs more than .02 against batches of 32; with p = .8, batches of 32 are above batches of 2 too.",
         source="our extension: what the official rule depends on",
         paper_value=UNKNOWN,
         experiments=("batch_sizes",),
         parts={
-            "MultiModN, p = .1: batches of 64 above batches of 2 by .02": smaller_batches_hurt(
+            "MultiModN, p = .1: batches of 32 above batches of 2 by .02": smaller_batches_hurt(
                 "mm_batch", 2, 0.1, 0.02
             ),
-            "p = .8: batches of 64 above batches of 2": smaller_batches_hurt("mm_batch", 2, 0.8, 0.0),
+            "p = .8: batches of 32 above batches of 2": smaller_batches_hurt("mm_batch", 2, 0.8, 0.0),
         },
         control=Control(
-            "batches of 2 and 64 exchanged",
+            "batches of 2 and 32 exchanged",
             lambda records: records.replace(
                 "batch_sizes",
                 records["batch_sizes"].assign(
-                    **{"task.batch_size": records["batch_sizes"]["task.batch_size"].replace({2: 64, 64: 2})}
+                    **{"task.batch_size": records["batch_sizes"]["task.batch_size"].replace({2: 32, 32: 2})}
                 ),
             ),
         ),

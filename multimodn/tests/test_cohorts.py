@@ -16,7 +16,7 @@ from multimodn.cohorts.planted import planted
 
 SHAPES = {  # name -> rows, features of every modality, share of class 1 of every task
     "star": (2617, [7, 4, 4, 4], [0.600, 0.588]),
-    "weather": (4172, [6, 10, 10, 25], [0.529, 0.117, 0.238]),
+    "weather": (4172, [6, 10, 10, 25], [0.507, 0.127, 0.244]),
     "nhefs": (1517, [5, 6, 5, 23], [0.184, 0.497]),
     "pbc": (238, [2, 4, 4, 3], [0.353]),
     "digits": (1797, [16, 16, 16, 16], [0.499, 0.397]),

@@ -68,3 +68,49 @@ def test_an_undefined_metric_warns_and_is_nan(name: str) -> None:
     y = torch.full((4,), -100) if name == "accuracy" else torch.zeros(4, dtype=torch.long)
     with pytest.warns(UserWarning, match="not defined"):
         assert getattr(metrics, name)(torch.zeros(4), y).isnan()
+
+
+@given(samples)
+@settings(max_examples=50, deadline=None)
+def test_log_loss_and_rmse_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    p = torch.tensor([a / 5 for a, _ in pairs], dtype=torch.float64)
+    y = torch.tensor([b for _, b in pairs])
+    expected = reference.log_loss(y, p, labels=[0, 1])
+    more, known = torch.cat([p, torch.tensor([0.9])]), torch.cat([y, torch.tensor([-100])])
+    assert metrics.log_loss(more, known).item() == pytest.approx(expected, rel=1e-9)
+    real = torch.cat([y.double(), torch.tensor([torch.nan])])
+    assert metrics.rmse(more, real).item() == pytest.approx(reference.root_mean_squared_error(y, p))
+    stacked = torch.stack([more, more.flip(0)])
+    for name, target in (("log_loss", known), ("rmse", real)):
+        own = [getattr(metrics, name)(row, target) for row in stacked]
+        assert torch.equal(getattr(metrics, name)(stacked, target), torch.stack(own))
+
+
+def test_only_the_row_that_is_undefined_is_nan() -> None:
+    y = torch.tensor([[0, 1], [1, 1]])
+    with pytest.warns(UserWarning, match="AUROC is not defined"):
+        assert metrics.auroc(torch.tensor([0.1, 0.9]).expand(2, 2), y).isnan().tolist() == [False, True]
+    for call in (metrics.log_loss, metrics.rmse):
+        empty = torch.tensor([-100, -100]) if call is metrics.log_loss else torch.full((2,), torch.nan)
+        with pytest.warns(UserWarning, match="not defined"):
+            assert call(torch.tensor([0.1, 0.9]), empty).isnan()
+
+
+def test_a_score_that_is_nan_makes_the_auroc_nan_unless_it_does_not_count() -> None:
+    scores, y = torch.tensor([torch.nan, 0.0, 1.0]), torch.tensor([1, 0, 1])
+    assert metrics.auroc(scores, y).isnan()
+    assert metrics.auroc(scores, torch.tensor([-100, 0, 1])) == 1
+
+
+def test_infinite_scores_tie_with_each_other_only() -> None:
+    inf = torch.inf
+    assert metrics.auroc(torch.tensor([inf, 0.0, 1.0]), torch.tensor([1, 0, -100])) == 1
+    assert metrics.auroc(torch.tensor([inf, inf, 1.0]), torch.tensor([1, 0, -100])) == 0.5
+    assert metrics.auroc(torch.tensor([-inf, inf, -inf, 5.0]), torch.tensor([1, 0, 0, -100])) == 0.25
+
+
+def test_one_half_is_class_zero_and_thresholds_can_be_moved() -> None:
+    p, y = torch.tensor([0.5, 0.5000001, 0.2, 0.9]), torch.tensor([1, 1, 0, 0])
+    assert [int(c) for c in metrics.confusion(p, y)] == [1, 1, 1, 1]
+    assert [int(c) for c in metrics.confusion(p, y, 0.1)] == [2, 2, 0, 0]
+    assert [int(c) for c in metrics.confusion(p, y, 0.95)] == [0, 0, 2, 2]

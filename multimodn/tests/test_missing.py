@@ -110,3 +110,65 @@ def test_the_robust_rule_survives_what_misleads_plain_training() -> None:
         scores[how] = metrics.auroc(p, test[1]["t"]).item()
     assert scores["sample"] < 0.5 < 0.8 < scores["robust"]
     assert scores["batch"] > scores["sample"]
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_yes_no_label_that_nearly_all_share_is_told_apart(most: int) -> None:
+    """The quartiles of 0 and 1 are then one number."""
+    y = torch.full((2000, 1), float(most))
+    y[::8] = 1 - most
+    visible = (y[:, 0] != most) | (torch.arange(2000) % 5 == 0)
+    keep = equalising({"a": visible}, {"t": y})["a"]
+    shares = [(keep * visible)[y[:, 0] == c].mean().item() for c in (0, 1)]
+    assert shares == pytest.approx([0.2, 0.2], abs=0.02)
+
+
+@pytest.mark.parametrize("edge", ["largest", "smallest"])
+def test_real_values_of_which_many_are_the_extreme_one(edge: str) -> None:
+    """As with limits of detection: the many equal ones are a stratum of their own."""
+    value = torch.linspace(0, 1, 2000)
+    many = torch.arange(2000) % 10 < 8
+    value[many] = 2.0 if edge == "largest" else -1.0
+    visible = ~many | (torch.arange(2000) % 3 == 0)
+    keep = equalising({"a": visible}, {"t": value})["a"]
+    shares = [(keep * visible)[part].mean().item() for part in (many, ~many)]
+    assert shares == pytest.approx([1 / 3, 1 / 3], abs=0.02)
+
+
+def test_labels_of_which_none_or_one_is_known_or_all_are_equal() -> None:
+    visible = torch.arange(100) % 4 != 0
+    for value in (torch.full((100,), torch.nan), torch.full((100,), 3.0), torch.full((100,), -100)):
+        assert (equalising({"a": visible}, {"t": value})["a"] == 1).all()
+    one = torch.full((100,), torch.nan)
+    one[4] = 1.0
+    assert torch.isfinite(equalising({"a": visible}, {"t": one})["a"]).all()
+
+
+def test_a_missing_label_is_a_label_of_its_own() -> None:
+    value = torch.full((400,), torch.nan)
+    value[::2] = 0.0
+    visible = ~value.isnan() | (torch.arange(400) % 4 == 1)
+    for y in (value, torch.where(value.isnan(), -100, 0)):
+        keep = equalising({"a": visible}, {"t": y})["a"]
+        assert keep[::2].mean() == pytest.approx(0.5, abs=0.03) and (keep[1::2] == 1).all()
+
+
+def test_the_share_of_few_rows_is_drawn_towards_that_of_all() -> None:
+    """(rows that have it + 5 · overall share) / (rows + 5), by hand; a label nobody has it for leaves little."""
+    y = torch.tensor([0] * 75 + [1] * 25)
+    visible = y == 0
+    keep = equalising({"a": visible}, {"t": y})["a"]
+    share = [(75 + 5 * 0.75) / 80, 5 * 0.75 / 30]
+    assert keep[:75].tolist() == pytest.approx([share[1] / share[0]] * 75) and (keep[75:] == 1).all()
+    nobody = equalising({"a": torch.zeros(100, dtype=torch.bool)}, {"t": y})["a"]
+    assert nobody.isfinite().all() and ((nobody >= 0) & (nobody <= 1)).all()
+
+
+def test_labels_rarer_than_twenty_rows_share_a_stratum() -> None:
+    for rare, together in ((19, True), (20, False)):
+        y = torch.zeros(400, dtype=torch.long)
+        y[:rare], y[rare : 2 * rare] = 1, 2
+        visible = torch.ones(400, dtype=torch.bool)
+        visible[:rare] = False
+        keep = equalising({"a": visible}, {"t": y})["a"]
+        assert (keep[0] == keep[2 * rare - 1]).item() == together

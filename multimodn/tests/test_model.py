@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multimodn import ClassDecoder, MLPEncoder, MultiModN
+from multimodn import ClassDecoder, MLPEncoder, MultiModN, stack
 from multimodn.tests.networks import FEATURES, S, batch, every_task, multimodn, pfusion, some_missing, targets
 
 NAMES = list(FEATURES)
@@ -305,3 +305,44 @@ def test_the_whole_step_compiles_without_a_break(make, told: bool) -> None:
     expected, plain = step(x, masks)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(states, plain)
+
+
+def test_the_trained_initial_state_is_drawn_from_a_normal_distribution() -> None:
+    torch.manual_seed(0)
+    start = MultiModN({}, {"yes": ClassDecoder(4000)}, 4000).initial_state
+    assert start.requires_grad and abs(start.mean().item()) < 0.08 and abs(start.std().item() - 1) < 0.06  # 5 sd
+
+
+def test_a_given_initial_state_is_a_copy() -> None:
+    start = torch.zeros(S)
+    model = MultiModN({}, {"yes": ClassDecoder(S)}, S, initial_state=start)
+    start += 1
+    assert not model.initial_state.any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predict_leaves_the_mode_even_after_an_error(training: bool) -> None:
+    model = multimodn().train(training)
+    assert not model.predict(batch())["yes"].requires_grad
+    assert model.training == training
+    with pytest.raises(ValueError, match="inputs.a.shape"):
+        model.predict({"a": torch.randn(3)})
+    assert model.training == training
+
+
+def test_a_mask_that_is_none_is_trusted() -> None:
+    model, x = multimodn(), batch()
+    x["b"][3] = torch.nan
+    grid = model(x, {"b": None})
+    assert grid.present.all() and grid.states[2, 3].isnan().all()
+    assert torch.equal(model(batch(), dict.fromkeys(NAMES), missing="batch").states, model(batch()).states)
+    each = torch.tensor([[2, 0, 1]] * 4 + [[0, 1, 2]] * 4)
+    assert torch.equal(model(batch(), dict.fromkeys(NAMES), order=each).states, model(batch(), order=each).states)
+
+
+def test_stacked_inputs_must_agree_in_models_and_samples() -> None:
+    stacked, x = stack([multimodn(s) for s in range(2)]), batch(lead=(2,))
+    with pytest.raises(ValueError, match=r"inputs.b.shape=\(2, 3, 5\): must be \(2, 8\) and features"):
+        stacked(x | {"b": x["b"][:, :3]})
+    with pytest.raises(ValueError, match=r"inputs.a.shape=\(8, 3\): must be of at least 3 dimensions"):
+        stacked(batch())

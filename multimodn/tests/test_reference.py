@@ -243,6 +243,7 @@ def test_from_model_shares_nothing_and_keeps_the_mode() -> None:
     assert not reference.training
     inputs, targets = draw(3)
     grid = reference.predict_grid(list(inputs.values()))
+    assert not reference.training
     reference.train_step(list(inputs.values()), targets, torch.optim.Adam(reference.parameters(), lr=0.1))
     assert reference.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from multimodn import ClassDecoder, ConvEncoder, GRUEncoder, MLPEncoder, MultiModN, stack, unstack
+from multimodn import ClassDecoder, ConvEncoder, GRUEncoder, MLPEncoder, MultiModN, PFusion, stack, unstack
 from multimodn.stacking import OneByOne, StackedDropout
 from multimodn.tests.networks import FEATURES, S, batch, every_task, multimodn, pfusion, some_missing, targets
 
@@ -104,6 +104,17 @@ def test_encoders_of_other_kinds_run_one_after_the_other() -> None:
         assert torch.equal(model(cut(x, i)).states, models[i](cut(x, i)).states)
 
 
+def test_p_fusion_of_other_encoders_can_be_stacked() -> None:
+    def make(seed: int) -> PFusion:
+        torch.manual_seed(seed)
+        return PFusion({"t": GRUEncoder(2, S, 4), "a": MLPEncoder(3, S)}, {"yes": ClassDecoder(2 * S)})
+
+    models, x = [make(s) for s in range(N)], {"t": torch.randn(N, 5, 6, 2), "a": torch.randn(N, 5, 3)}
+    whole = stack(models)(x)
+    for i, model in enumerate(models):
+        torch.testing.assert_close(whole.outputs["yes"][i], model(cut(x, i)).outputs["yes"])
+
+
 def test_a_stack_can_be_copied() -> None:
     stacked, x = stack([multimodn(s) for s in range(N)]), batch(lead=(N,))
     for twin in (copy.deepcopy(stacked), pickle.loads(pickle.dumps(stacked))):
@@ -122,3 +133,58 @@ def test_what_is_refused() -> None:
         unstack(multimodn())
     with pytest.raises(ValueError, match="models=2: must be 3 models"):
         stack([multimodn(s) for s in range(N)])(batch(lead=(2,)))
+
+
+def test_the_mode_is_that_of_the_models() -> None:
+    models, x = [multimodn(s, dropout=0.5).eval() for s in range(N)], batch(lead=(N,))
+    stacked = stack(models)
+    assert not any(module.training for module in stacked.modules())
+    torch.testing.assert_close(stacked(x).states[1], models[1](cut(x, 1)).states)
+    assert not any(module.training for one in unstack(stacked) for module in one.modules())
+    assert all(module.training for module in unstack(stacked.train())[0].modules())
+
+
+def test_a_model_draws_its_dropout_from_its_seed_alone() -> None:
+    models, x = [multimodn(s, dropout=0.5) for s in range(N)], batch(lead=(N,))
+    whole = stack(models, seeds=[7, 8, 9])(x).states
+    torch.testing.assert_close(stack(models[1:2], seeds=[8])({n: v[1:2] for n, v in x.items()}).states[0], whole[1])
+    assert not torch.allclose(stack(models[1:2], seeds=[9])({n: v[1:2] for n, v in x.items()}).states[0], whole[1])
+    with pytest.raises(ValueError, match="zip"):
+        stack(models, seeds=[7, 8])
+
+
+def test_given_initial_states_and_dtypes_are_kept() -> None:
+    starts = [torch.randn(S, dtype=torch.float64) for _ in range(N)]
+    models = [
+        MultiModN({"a": MLPEncoder(3, S)}, {"yes": ClassDecoder(S)}, S, initial_state=start).double()
+        for start in starts
+    ]
+    stacked = stack(models)
+    assert "initial_state" not in dict(stacked.named_parameters())
+    assert torch.equal(stacked({"a": torch.randn(N, 4, 3)}).states[:, 0, 0], torch.stack(starts))
+    for one, start in zip(unstack(stacked), starts, strict=True):
+        assert torch.equal(one.initial_state, start) and "initial_state" not in dict(one.named_parameters())
+        assert {p.dtype for p in one.parameters()} == {torch.float64}
+
+
+def test_models_stacks_and_what_is_unstacked_share_no_memory() -> None:
+    def make(seed: int) -> MultiModN:
+        torch.manual_seed(seed)
+        return MultiModN({"t": GRUEncoder(2, S, 4), "a": MLPEncoder(3, S)}, {"yes": ClassDecoder(S)}, S)
+
+    models = [make(s) for s in range(2)]
+    stacked = stack(models)
+    parts = [*models, stacked, *unstack(stacked)]
+    storages = [{p.untyped_storage().data_ptr() for p in part.parameters()} for part in parts]
+    assert sum(len(own) for own in storages) == len(set().union(*storages))
+
+
+def test_parameters_of_a_part_that_nobody_stacks_are_refused() -> None:
+    class Scaled(ClassDecoder):
+        def __init__(self) -> None:
+            super().__init__(S)
+            self.gain = nn.Parameter(torch.randn(()))
+
+    models = [MultiModN({"a": MLPEncoder(3, S)}, {"yes": Scaled()}, S) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"MultiModN.decoders.yes: Scaled.stackable_parameters must name gain"):
+        stack(models)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from multimodn import Rows, Rule, fit, stack, training, unstack
-from multimodn.tests.networks import batch, multimodn, pfusion, some_missing, targets
+from multimodn.missing import leak
+from multimodn.tests.networks import batch, every_task, multimodn, pfusion, some_missing, targets
 
 N, ROWS = 3, 40
 
@@ -174,3 +175,119 @@ def test_what_is_refused(options: dict, message: str) -> None:
     wrong.targets["yes"][0] = 2
     with pytest.raises(ValueError, match="target=2"):
         fit(multimodn(), wrong)
+
+
+@pytest.mark.parametrize("how", ["sample", "batch"])
+@pytest.mark.parametrize("normalise", ["constant", "present"])
+def test_fit_is_adam_on_the_loss_of_batches_in_order(how: str, normalise: str) -> None:
+    """Against the loop written out; float64, options other than the defaults."""
+    data, options = rows(), {"error_weight": 0.7, "state_change_weight": 30.0, "normalise": normalise}
+    plain, fitted = multimodn().double(), multimodn().double()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=3e-3)
+    means = []
+    for _ in range(3):
+        losses = []
+        for begin in range(0, ROWS, 12):
+            index = torch.arange(begin, min(begin + 12, ROWS))
+            part = data.take(index)
+            optimizer.zero_grad()
+            loss = plain.loss(plain(part.inputs, part.masks, missing=how), part.targets, **options)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        means.append(sum(losses) / len(losses))
+    found: list[tuple[int, float]] = []
+    report = lambda epoch, loss: found.append((epoch, loss.item()))  # noqa: E731
+    fit(fitted, data, missing=how, epochs=3, batch_size=12, lr=3e-3, shuffle=False, on_epoch=report, **options)
+    torch.testing.assert_close(numbers(fitted), numbers(plain), rtol=1e-9, atol=1e-9)
+    assert [epoch for epoch, _ in found] == [1, 2, 3]
+    assert [loss for _, loss in found] == pytest.approx(means, rel=1e-9)
+
+
+@pytest.mark.parametrize("make", [multimodn, pfusion])
+def test_twenty_steps_of_a_stack_are_twenty_steps_of_each_model(make) -> None:
+    data, stacked = rows((N,)), stack([make(s).double() for s in range(N)])
+    fit(stacked, data, epochs=99, max_steps=20, batch_size=16, seeds=[4, 5, 6])
+    for i, model in enumerate(unstack(stacked)):
+        alone = make(i).double()
+        own = Rows(*({k: v[i] for k, v in part.items()} for part in (data.inputs, data.masks, data.targets)))
+        fit(alone, own, epochs=99, max_steps=20, batch_size=16, seeds=4 + i)
+        torch.testing.assert_close(numbers(model), numbers(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_mode_does_not_switch_dropout_off() -> None:
+    found = []
+    for model in (multimodn(dropout=0.5).eval(), multimodn(dropout=0.5).train()):
+        fit(model, rows(), epochs=1)
+        assert model.training
+        found.append(numbers(model))
+    assert torch.equal(*found)
+
+
+def test_what_is_hidden_is_drawn_anew_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    model, data = multimodn(), rows()
+    forward = model.forward
+
+    def spy(inputs, masks, **options):
+        seen.append(masks["a"].clone())
+        return forward(inputs, masks, **options)
+
+    monkeypatch.setattr(model, "forward", spy)
+    fit(model, data, missing=Rule(dropout=0.5), epochs=40, batch_size=ROWS, shuffle=False)
+    drawn = torch.stack(seen)
+    assert len(drawn.unique(dim=0)) > 30
+    assert not drawn[:, ~data.masks["a"]].any()  # what is missing stays missing
+    assert drawn[:, data.masks["a"]].float().mean() == pytest.approx(0.5, abs=0.06)  # ~1000 draws, sd 0.016
+
+
+def test_a_leak_penalty_takes_the_leak_away() -> None:
+    y = torch.arange(200) % 2
+    data = Rows.of({"a": torch.randn(200, 3), "b": torch.randn(200, 5), "c": torch.randn(200, 2)},
+                   {"yes": y, "which": y}, {"a": y == 0})  # fmt: skip
+    left, reported = [], []
+    for weight in (0.0, 100.0):
+        model = multimodn()
+        each = reported.append if weight else lambda _: None
+        fit(model, data, missing=Rule(leak_weight=weight), epochs=10, lr=1e-2,
+            on_epoch=lambda _, loss, each=each: each(loss.item()))  # fmt: skip
+        with torch.no_grad():
+            grid = model.eval()(data.inputs, data.masks)
+        left.append(leak(grid.states, grid.present).item())
+    assert left[1] < 0.05 * left[0]
+    assert max(reported) < 2.0  # the loss of the grid, without the penalty
+
+
+def test_a_shuffle_of_encoders_is_for_chains_only() -> None:
+    found = []
+    for how in (Rule(shuffle=True), Rule()):
+        model = pfusion()
+        fit(model, rows(), missing=how, epochs=1)
+        found.append(numbers(model))
+    assert torch.equal(*found)
+
+
+def test_rows_of_labels_with_more_dimensions() -> None:
+    """Several labels a sample in front, sequences, stacks of either, and masks that are left to the NaN."""
+    labels, steps = torch.ones(6, 2), torch.randn(6, 4, 3)
+    steps[2, 1, 0] = torch.nan
+    x = {"t": steps, "a": torch.randn(6, 3)}
+    for y in ({"labels": labels}, {"labels": labels, "yes": torch.zeros(6)}, {"yes": torch.zeros(6)}, {}):
+        data = Rows.of(x, y, {"a": None})
+        assert data.masks["t"].tolist() == [True, True, False, True, True, True] and data.masks["a"].all()
+        assert not data.inputs["t"][2].any() and len(data) == 6
+    many = Rows.of({n: torch.stack([v, v.flip(0)]) for n, v in x.items()}, {"labels": torch.ones(2, 6, 2)})
+    assert many.masks["t"].shape == (2, 6) and (~many.masks["t"]).nonzero().tolist() == [[0, 2], [1, 3]]
+    told = Rows.of({"t": torch.randn(6, 2, 3)}, {"labels": labels}, {"t": torch.arange(6) > 2})  # (6, 2) both
+    assert not told.inputs["t"][:3].any() and told.inputs["t"][3:].all()
+
+
+def test_every_kind_of_task_is_learnt() -> None:
+    x = batch(64)
+    y = {"labels": (x["a"][:, :2] > 0).float(), "which": (x["b"][:, 0] > 0).long(), "value": x["c"].sum(1)}
+    y["labels"][0, 1], y["value"][1], y["which"][2] = torch.nan, torch.nan, -100
+    for how in ("sample", "robust"):
+        losses: list[float] = []
+        fit(every_task(), Rows.of(x, y), missing=how, epochs=40, lr=1e-2,
+            on_epoch=lambda _, loss, losses=losses: losses.append(loss.item()))  # fmt: skip
+        assert losses[-1] < 0.7 * losses[0]
