@@ -13,8 +13,7 @@ skips what it lacks, whatever the model's own rule, so that no number depends on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from multimodn import metrics
 from multimodn.batch import read_batch
 from multimodn.decoders import MISSING, ClassDecoder
 from multimodn.model import MultiModN
-from multimodn.network import Network
+from multimodn.network import Network, evaluating
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,23 +220,10 @@ def _check_single(model: Network) -> None:
     check("model", "a stack", model.n_models is None, "one model; take it out by `unstack`")
 
 
-@contextmanager
-def _evaluating(model: Network) -> Iterator[None]:
-    # part by part: an encoder that is frozen in evaluation mode inside a model in training stays so
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _read(model: Network, inputs: Inputs, masks: Masks | None, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Predictions, task -> (K+1, B, C), and who took which step, (K, B) bool."""
     _check_single(model)
-    with _evaluating(model):
+    with evaluating(model):
         grid = model(inputs, masks, missing="sample", **options)
         return model.probabilities(grid), grid.present
 

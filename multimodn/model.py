@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import check
-from multimodn.batch import Inputs, Masks
+from multimodn.batch import Batch, Inputs, Masks
 from multimodn.network import Grid, Network
 
 
@@ -98,12 +98,13 @@ class MultiModN(Network):
             ValueError: an empty batch, sizes that do not fit, or an order that repeats or misses an encoder.
         """
         batch = self.read(inputs, masks, missing)
+        unused = self._unused(batch)
         state = self.initial_state.unsqueeze(-2).expand(*batch.shape, self.state_size)  # (..., B, S)
         states, present = [state], []
         for sources in self._steps(order, batch.shape):
             entering, taken = state, torch.zeros(batch.shape, dtype=torch.bool, device=state.device)
             for name, chosen in sources:
-                if name not in batch.inputs:
+                if name not in batch.inputs or name in unused:
                     continue
                 mask = batch.masks[name]
                 here = mask if chosen is None else chosen if mask is None else mask & chosen
@@ -118,6 +119,15 @@ class MultiModN(Network):
         steps = steps.view(*lead, len(present), size)
         outputs = {name: self._decode(decoder, stacked, steps) for name, decoder in self.decoders.items()}
         return Grid(stacked, outputs, steps)
+
+    def _unused(self, batch: Batch) -> set[str]:
+        """Modalities that no sample has: their encoders are not called, and get no gradient.
+
+        In a stack some model may have them, and a compiled graph must not depend on values: there they are computed.
+        """
+        if self.n_models is not None or torch.compiler.is_compiling():
+            return set()
+        return {name for name, mask in batch.masks.items() if mask is not None and not bool(mask.any())}
 
     def _decode(self, decoder: nn.Module, states: Tensor, present: Tensor) -> Tensor:
         """Outputs of all states, (..., K+1, B, S) -> (..., K+1, B, C).

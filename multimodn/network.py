@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +29,20 @@ class Grid(NamedTuple):
     """Task -> the decoder's raw outputs (..., K+1, B, C)."""
     present: Tensor
     """(..., K, B) bool: whether step k was taken, not skipped."""
+
+
+@contextmanager
+def evaluating(model: Network) -> Iterator[None]:
+    """Evaluation mode, without gradients, for a while."""
+    # part by part: an encoder that is frozen in evaluation mode inside a model in training stays so
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class Network(nn.Module):
@@ -94,18 +109,13 @@ class Network(nn.Module):
         """Task -> (..., K+1, B, C): class probabilities of every row of the grid, or predicted values."""
         return {name: self.decoder(name).probabilities(outputs) for name, outputs in grid.outputs.items()}
 
-    @torch.no_grad()
     def predict(self, inputs: Inputs, masks: Masks | None = None, **options: Any) -> dict[str, Tensor]:
         """Task -> (..., B, C): class probabilities (or values) after the last modality that each sample has.
 
         Runs in evaluation mode and leaves the model's mode as it was; arguments as in `forward`.
         """
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             grid = self(inputs, masks, **options)
-        finally:
-            self.train(training)
         return {name: p[..., -1, :, :] for name, p in self.probabilities(grid).items()}
 
 

@@ -17,6 +17,7 @@ from multimodn.batch import observed
 from multimodn.missing import Rule, equalising, leak, rule
 from multimodn.model import MultiModN
 from multimodn.network import Network
+from multimodn.optim import StackedAdam
 from multimodn.stacking import StackedDropout
 
 BATCHES, HIDING, ORDERS, DROPOUT = 20, 21, 22, 23  # random streams
@@ -117,7 +118,10 @@ def fit(
     how = rule(missing)
     for name, decoder in model.decoders.items():
         decoder.check_target(rows.targets[name])  # type: ignore[operator]
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    by_batch = how.train == "batch" and any(not mask.all() for mask in rows.masks.values())
+    optimizer = (
+        StackedAdam(model, lr) if by_batch and not single else torch.optim.Adam(model.parameters(), lr, fused=True)
+    )
     keep = _keep(rows, how, single)
     first = 0 if checkpoints is None else load_checkpoint(checkpoints, model, optimizer) or 0
     saved = time.monotonic()
@@ -146,6 +150,8 @@ def fit(
             )
             total = loss + how.leak_weight * leak(grid.states, grid.present) if how.leak_weight else loss
             total.sum().backward()
+            if isinstance(optimizer, StackedAdam):
+                optimizer.skip(grid.present, options.get("order", model.modalities))
             optimizer.step()
             losses.append(loss.detach())
             done += 1

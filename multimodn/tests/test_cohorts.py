@@ -16,8 +16,8 @@ from multimodn.cohorts.planted import planted
 
 SHAPES = {  # name -> rows, features of every modality, share of class 1 of every task
     "star": (2617, [7, 4, 4, 4], [0.600, 0.588]),
-    "weather": (4172, [6, 10, 10, 25], [0.507, 0.127, 0.244]),
-    "nhefs": (1517, [5, 6, 5, 23], [0.184, 0.497]),
+    "weather": (2092, [6, 10, 10, 25], [0.508, 0.125, 0.244]),
+    "nhefs": (1512, [5, 6, 5, 19], [0.184, 0.497]),
     "pbc": (238, [2, 4, 4, 3], [0.353]),
     "digits": (1797, [16, 16, 16, 16], [0.499, 0.397]),
     "titanic": (1046, [2, 1, 1, 1, 1], [0.408]),
@@ -111,7 +111,7 @@ def test_weather_by_hand() -> None:
     frame.index = pd.to_datetime(frame[["year", "month", "day", "hour"]])
     hours = weather._rows(24 * 365)[: len(cohort) // 3]
     checked = 0
-    for row in range(40, len(cohort), 97):
+    for row in range(40, len(cohort), 47):
         airport = weather.AIRPORTS[row // len(hours)]
         hour = pd.Timestamp(2013, 1, 1) + pd.Timedelta(hours=1) * int(hours[row % len(hours)])
         own = frame[frame["origin"] == airport]
