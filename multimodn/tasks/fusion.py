@@ -34,7 +34,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     Returns:
         One dict a seed. For each pattern of test data P (`full`, `same`, `flip`): `auroc_P` and `bac_P` (balanced
         accuracy; means over the tasks of classes), `loss_P` (mean loss of the last row, nats or squares), and
-        `auroc_P_by_task` (one a task, R² for regression). Also `chain` (AUROC after every prefix, (K+1, D)),
+        `auroc_by_task_P` (one a task, R² for regression). Also `chain` (AUROC after every prefix, (K+1, D)),
         `parameters` and `task_names`, `modality_names`. With `task.contributions`: `cumulative` and `individual` (mean
         probability of class 1 by true class, (K+1, D, 2) and (K, D, 2)), `subsets` (mean AUROC of every subset of
         modalities, in the order of binary numbers, bit k for modality k) and `prefix_gap` (largest difference

@@ -24,7 +24,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
 
     Returns:
         One dict a seed: for each pattern P of test data `auroc_P`, `bac_P` (means over the binary tasks) and
-        `auroc_P_by_task`, as `multimodn.tasks.fusion.run` has them.
+        `auroc_by_task_P`, as `multimodn.tasks.fusion.run` has them.
     """
     setup(config.threads, config.device, config.precision, seed=config.seed)
     cohort = read(config.cohort)
@@ -41,7 +41,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
             p = torch.stack([torch.from_numpy(model.predict_proba(x)[:, 1]) for model in fitted])
             y = torch.stack([data.targets[name][i] for name in binary])
             auroc = metrics.auroc(p, y)
-            row |= {f"auroc_{pattern}": auroc.mean().item(), f"auroc_{pattern}_by_task": auroc.tolist()}
+            row |= {f"auroc_{pattern}": auroc.mean().item(), f"auroc_by_task_{pattern}": auroc.tolist()}
             row[f"bac_{pattern}"] = metrics.balanced_accuracy(p, y).mean().item()
         rows.append(row)
         trial.progress(i + 1, len(trial.seeds))

@@ -53,6 +53,14 @@ def test_the_batch_rule_pads_for_everybody() -> None:
     zeros = x | {"b": torch.zeros(8, 5)}
     assert torch.equal(model(x, missing="batch").states, model(zeros).states)
     assert not torch.equal(model(x).states, model(zeros).states)
+    own = PFusion(dict(model.encoders), dict(model.decoders), missing="batch")
+    assert torch.equal(own(x).states, model(zeros).states)
+
+
+def test_no_bit_is_set_where_all_are_known_to_be_present() -> None:
+    model, x = pfusion(indicator=True), batch()
+    grid = model(x, dict.fromkeys(FEATURES))
+    assert not grid.states[..., -3:].any() and torch.equal(grid.states, model(x).states)
 
 
 def test_the_loss_is_the_mean_over_tasks() -> None:

@@ -253,6 +253,8 @@ def test_models_that_are_refused() -> None:
         MultiModN({"a": MLPEncoder(3, 4)}, decoder, S)
     with pytest.raises(ValueError, match=r"decoders.yes.state_size=5"):
         MultiModN({}, {"yes": ClassDecoder(5)}, S)
+    with pytest.raises(ValueError, match="state_size=0: must be >= 1"):
+        MultiModN({}, decoder, 0)
     with pytest.raises(ValueError, match="decoders={}"):
         MultiModN({}, {}, S)
     with pytest.raises(ValueError, match="missing=never: must be one of sample, batch"):
@@ -338,6 +340,13 @@ def test_a_mask_that_is_none_is_trusted() -> None:
     assert torch.equal(model(batch(), dict.fromkeys(NAMES), missing="batch").states, model(batch()).states)
     each = torch.tensor([[2, 0, 1]] * 4 + [[0, 1, 2]] * 4)
     assert torch.equal(model(batch(), dict.fromkeys(NAMES), order=each).states, model(batch(), order=each).states)
+
+
+def test_steps_that_were_taken_in_an_order_of_each_sample() -> None:
+    masks, each = some_missing(), torch.stack([torch.randperm(3) for _ in range(8)])
+    grid = multimodn()(batch(), masks, order=each)
+    for i in range(8):
+        assert grid.present[:, i].tolist() == [masks[NAMES[k]][i].item() for k in each[i].tolist()]
 
 
 def test_stacked_inputs_must_agree_in_models_and_samples() -> None:
