@@ -54,25 +54,42 @@ class StackedAdam(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update what took part."""
         for group in self.param_groups:
+            shares = 1 if group["only"] is not None else self.n_models
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["step"] = torch.zeros(shares, 1, dtype=torch.float64, device=p.device)
+                    self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            on = self._active(group, params[0])
+            for p in params:
+                self.state[p]["step"].add_(on)
+            count = self.state[params[0]]["step"].clamp_min(1)  # of all parameters of an encoder
             b1, b2 = group["betas"]
-            active = self.active.get(group["encoder"])
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                shares = 1 if group["only"] is not None else self.n_models
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(shares, 1, dtype=torch.float64, device=p.device)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                own, grad, m, v = (x.view(shares, -1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
-                if active is None:
-                    on = torch.ones_like(own[:, :1])
-                else:
-                    on = (active if shares > 1 or group["only"] is None else active[group["only"]]).to(p.dtype)
-                    on = on.view(shares, 1)
-                count = state["step"].add_(on).clamp_min(1)
-                m.lerp_(grad, (1 - b1) * on)
-                v.lerp_(grad.square(), (1 - b2) * on)
-                correction, root = ((1 - b**count).to(p.dtype) for b in (b1, b2))
-                scale = (v / root).sqrt_().add_(group["eps"])
-                own.addcdiv_(m * (on / correction), scale, value=-group["lr"])
+            first, second = ((1 - b**count).to(on.dtype) for b in (b1, b2))
+            own, grads, m, v = (
+                [x.view(shares, -1) for x in tensors]
+                for tensors in (
+                    params,
+                    [p.grad for p in params],
+                    [self.state[p]["exp_avg"] for p in params],
+                    [self.state[p]["exp_avg_sq"] for p in params],
+                )
+            )
+            repeat = len(params)
+            torch._foreach_lerp_(m, grads, [(1 - b1) * on] * repeat)
+            torch._foreach_lerp_(v, torch._foreach_mul(grads, grads), [(1 - b2) * on] * repeat)
+            scale = torch._foreach_div(v, [second] * repeat)
+            torch._foreach_sqrt_(scale)
+            torch._foreach_add_(scale, group["eps"])
+            torch._foreach_addcdiv_(own, torch._foreach_mul(m, [on / first] * repeat), scale, value=-group["lr"])
+
+    def _active(self, group: dict[str, Any], like: Tensor) -> Tensor:
+        """1 for the models that update the group, else 0, (shares, 1)."""
+        active = self.active.get(group["encoder"])
+        if active is None:
+            return torch.ones(
+                1 if group["only"] is not None else self.n_models, 1, dtype=like.dtype, device=like.device
+            )
+        return (active if group["only"] is None else active[group["only"]]).to(like.dtype).view(-1, 1)
