@@ -110,7 +110,7 @@ def first_modality(experiment: str) -> Control:
     def apply(records: Records) -> Records:
         frame = records[experiment]
         mine = frame["arm"] == "mm"
-        early = frame["chain"].map(lambda c: float(np.nanmean(c[1])) if isinstance(c, list) else np.nan)
+        early = frame["chain"].map(lambda c: float(np.nanmean(c[:2][-1])) if isinstance(c, list) else np.nan)
         return records.replace(experiment, frame.assign(auroc_full=frame["auroc_full"].where(~mine, early)))
 
     return Control(f"MultiModN of {experiment} judged after its first modality", apply)

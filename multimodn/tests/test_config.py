@@ -71,7 +71,7 @@ def test_arms_of_the_mnar_experiments_differ_in_network_and_rule_alone(plans: di
             if config["task"]["name"] == "tabular":
                 continue
             task = config["task"]
-            assert (task["batch_size"], task["epochs"], task["lr"], task["shuffle"]) == (16, 12, 1e-3, True)
+            assert (task["batch_size"], task["epochs"], task["lr"], task["shuffle"]) == (16, 10, 1e-3, True)
             assert config["network"]["state_size"] == 50 and config["network"]["hidden"] == [32, 32]
             assert config["network"]["dropout"] == (0.0 if config["network"]["encoder"] == "raw" else 0.2)
 

@@ -55,6 +55,8 @@ def right(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     if experiment == "mcar":
         same = full - c["share"] * (0.2 if arm == "pf" else 0.1)
     chain = [[0.5] * rows] + [[0.5 + 0.35 * k / K + shaken] * rows for k in range(1, K + 1)]
+    if config["network"]["kind"] == "pfusion":
+        chain = [[full] * rows]  # the grid of P-Fusion has one row
     individual = [[[-0.1, 0.1]] * rows for _ in range(K)]
     if experiment == "planted":
         chain = [[0.5 + 0.01 * k + 0.35 * (k > d) + shaken / 9 for d in range(rows)] for k in range(K + 1)]
