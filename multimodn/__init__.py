@@ -7,11 +7,12 @@ absence of a modality from standing in for the label. `corruption` simulates mis
 
 from multimodn import corruption, explain, metrics
 from multimodn.decoders import ClassDecoder, Decoder, MultiLabelDecoder, RegressionDecoder
-from multimodn.encoders import ConvEncoder, GRUEncoder, MLPEncoder, RawEncoder, TransformerEncoder
+from multimodn.encoders import ConvEncoder, GRUEncoder, HuggingFaceEncoder, MLPEncoder, RawEncoder, TransformerEncoder
 from multimodn.fusion import PFusion
 from multimodn.missing import Rule
 from multimodn.model import MultiModN
 from multimodn.network import Grid
+from multimodn.persistence import load, register, save
 from multimodn.stacking import stack, unstack
 from multimodn.training import Rows, fit
 
@@ -21,6 +22,7 @@ __all__ = [
     "Decoder",
     "GRUEncoder",
     "Grid",
+    "HuggingFaceEncoder",
     "MLPEncoder",
     "MultiLabelDecoder",
     "MultiModN",
@@ -33,7 +35,10 @@ __all__ = [
     "corruption",
     "explain",
     "fit",
+    "load",
     "metrics",
+    "register",
+    "save",
     "stack",
     "unstack",
 ]

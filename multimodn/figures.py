@@ -128,6 +128,7 @@ def contributions(records: Records) -> Figure:
         axes[1], individual.reshape(len(modalities), -1).T, labels, modalities, "change of P(yes)", fmt="+.2f",
         xlabel="alone, on the initial state",
     )  # fmt: skip
+    axes[0].tick_params(axis="x", labelsize=8)
     return figure
 
 
@@ -207,7 +208,7 @@ def batch_sizes(records: Records) -> Figure:
     """AUROC under the flipped pattern over the batch size, two shares of missing rows."""
     figure, axes = new(1, 2, height=3.6, sharey=True)
     frame = records["batch_sizes"]
-    for ax, share in zip(axes, (0.1, 0.8), strict=True):
+    for ax, share in zip(axes, (0.4, 0.8), strict=True):
         for i, arm in enumerate(("mm_batch", "pf_batch")):
             own = rows(frame, arm=arm, cohort__name="star", corruption__share=share)
             table = own.pivot(index="seed", columns="task.batch_size", values="auroc_flip").sort_index(axis=1)

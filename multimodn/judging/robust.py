@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from common.records import Records
 
 NATURAL = ("star", "weather", "pbc")
+RIVALS = ("mm_batch_then_sample", "mm_dropout", "mm_shuffle", "mm_leak_penalty")
 DRIVEN = ("star", "nhefs")
 MECHANISMS = {"mar": "by another modality", "mnar_values": "by its own values"}
 OURS = "our extension"
@@ -38,14 +39,19 @@ def wins(cohort: str, arm: str, others: tuple[str, ...]) -> Test:
     return test
 
 
+def average(records: Records, arm: str, metric: str) -> pd.Series:
+    """A metric of a rule, mean over four cohorts."""
+    return pd.concat([ruled(records, c, arm, metric) for c in MNAR], axis=1).mean(axis=1)
+
+
 def cheap(arm: str, other: str, margin: float) -> Test:
-    """On complete test data the arm loses less than `margin` to the other, on every cohort."""
+    """On complete test data the arm loses less than `margin` to the other."""
+    return lambda records: holds(average(records, arm, "auroc_full"), average(records, other, "auroc_full"), margin)
 
-    def test(records: Records) -> Outcome:
-        found = [(ruled(records, c, arm, "auroc_full"), ruled(records, c, other, "auroc_full")) for c in MNAR]
-        return every([holds(a, b, margin) for a, b in found], [cohort_name(c) for c in MNAR])
 
-    return test
+def ahead(arm: str, other: str) -> Test:
+    """The arm is above the other under the flipped pattern."""
+    return lambda records: beats(average(records, arm, "auroc_flip"), average(records, other, "auroc_flip"))
 
 
 def unchanged_when_complete(records: Records) -> Outcome:
@@ -57,11 +63,9 @@ def unchanged_when_complete(records: Records) -> Outcome:
     return exact_identity(pd.concat([a for a, _ in pairs]), pd.concat([b for _, b in pairs]), unit="AUROC")
 
 
-def as_robust(cohort: str, a: str, b: str, margin: float) -> Test:
+def as_robust(a: str, b: str, margin: float) -> Test:
     """Two arms lie within `margin` under the flipped pattern."""
-    return lambda records: alike(
-        ruled(records, cohort, a, "auroc_flip"), ruled(records, cohort, b, "auroc_flip"), margin
-    )
+    return lambda records: alike(average(records, a, "auroc_flip"), average(records, b, "auroc_flip"), margin)
 
 
 def price(cohort: str, margin: float) -> Test:
@@ -81,14 +85,24 @@ def harmless(cohort: str, mechanism: str, margin: float) -> Test:
     return test
 
 
-def natural(cohort: str, arm: str, other: str, margin: float) -> Test:
-    """On really missing values the arm loses less than `margin` to the other."""
+def recorded(records: Records) -> pd.DataFrame:
+    """The rows of embedded cohorts with really missing values."""
+    frame = records["natural"]
+    return frame[frame["cohort.name"].isin(NATURAL)]
 
-    def test(records: Records) -> Outcome:
-        frame = records["natural"]
-        return holds(of(frame, arm, cohort__name=cohort), of(frame, other, cohort__name=cohort), margin)
 
-    return test
+def natural(arm: str, other: str, margin: float) -> Test:
+    """On really missing values the arm loses less than `margin` to the other, mean over cohorts."""
+    return lambda records: holds(of(recorded(records), arm), of(recorded(records), other), margin)
+
+
+def batch_costs(cohort: str, margin: float) -> Test:
+    """On really missing values the batch rule loses more than `margin` to skipping by sample."""
+    return lambda records: beats(
+        of(records["natural"], "mm_sample", cohort__name=cohort),
+        of(records["natural"], "mm_batch", cohort__name=cohort),
+        margin,
+    )
 
 
 CLAIMS = [
@@ -127,12 +141,7 @@ CLAIMS = [
         source=OURS,
         paper_value=UNKNOWN,
         experiments=("rules",),
-        parts={
-            cohort_name(c): wins(
-                c, "mm_robust", ("mm_batch_then_sample", "mm_dropout", "mm_shuffle", "mm_leak_penalty")
-            )
-            for c in MNAR
-        },
+        parts={f"above {name(b)}": ahead("mm_robust", b) for b in RIVALS},
         control=swap_arms("rules", "mm_robust", "mm_dropout"),
         caption="See the figure of C8.",
     ),
@@ -144,7 +153,7 @@ CLAIMS = [
         source=OURS,
         paper_value=UNKNOWN,
         experiments=("rules",),
-        parts={cohort_name(c): as_robust(c, "pf_robust", "mm_robust", 0.05) for c in MNAR},
+        parts={"mean of four cohorts: within .05": as_robust("pf_robust", "mm_robust", 0.05)},
         control=swap_arms("rules", "pf_robust", "pf_sample"),
         caption="See the figure of C8.",
     ),
@@ -186,8 +195,7 @@ CLAIMS = [
         paper_value=UNKNOWN,
         experiments=("natural",),
         parts={
-            f"{cohort_name(c)}, against {name(b)}": natural(c, "mm_sample", b, 0.02)
-            for c in NATURAL
+            f"mean of three cohorts, against {name(b)}": natural("mm_sample", b, 0.02)
             for b in ("pf_sample", "pf_indicator", "boosting")
         },
         control=lowered("natural", ("mm_sample",), 0.1),
@@ -202,8 +210,20 @@ CLAIMS = [
         source=OURS,
         paper_value=UNKNOWN,
         experiments=("natural",),
-        parts={cohort_name(c): natural(c, "mm_robust", "mm_sample", 0.02) for c in NATURAL},
+        parts={"mean of three cohorts": natural("mm_robust", "mm_sample", 0.02)},
         control=lowered("natural", ("mm_robust",), 0.1),
+        caption="See the figure of C9.",
+    ),
+    Claim(
+        id="C9.batch",
+        title="Really missing values: the official batch rule loses more than .02",
+        statement="Where most batches lack something of every modality, skipping for the whole batch trains and uses "
+        "hardly any encoder.",
+        source=OURS,
+        paper_value=UNKNOWN,
+        experiments=("natural",),
+        parts={cohort_name(c): batch_costs(c, 0.02) for c in NATURAL},
+        control=swap_arms("natural", "mm_sample", "mm_batch"),
         caption="See the figure of C9.",
     ),
 ]

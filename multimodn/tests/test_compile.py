@@ -42,9 +42,12 @@ def test_a_training_step(make, rule: str, n: int | None) -> None:
     fast.backward()
     torch.testing.assert_close(fast, plain)
     found = gradients(model)
-    assert found.keys() == expected.keys()
+    assert found.keys() >= expected.keys()
     for name, grad in found.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        if name in expected:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        else:  # of an encoder that nobody used: not called outside of a graph, without effect inside
+            assert name.startswith("encoders.") and not grad.any(), name
 
 
 @pytest.mark.parametrize("make", [multimodn, pfusion])

@@ -47,6 +47,22 @@ def test_late_entry_of_the_state_is_its_formula() -> None:
     assert (expected < 0).any()
 
 
+@pytest.mark.parametrize("joins", ["input", "output", "none"])
+def test_dropout_acts_once_on_what_enters(joins: str) -> None:
+    """On [x, s] where the state enters with the features, on x alone otherwise."""
+    e = MLPEncoder(3, S, (), 0.5, joins)
+    width = e.last.in_features
+    with torch.no_grad():
+        e.last.weight.copy_(torch.eye(S, width))  # the first S of what the layer reads
+        e.last.bias.zero_()
+    out = e(torch.full((400, S), 3.0), torch.ones(400, 3))
+    assert sorted(out[:, :3].unique().tolist()) == [0.0, 2.0]  # scaled by 1 / (1 - p)
+    entered = out[:, 3:].unique().tolist()
+    assert entered == {"input": [0.0, 6.0], "output": [3.0], "none": [0.0]}[joins]
+    assert MLPEncoder(**e.config).dropout.p == 0.5
+    assert torch.equal(e.eval()(torch.zeros(1, S), torch.ones(1, 3))[0, :3], torch.ones(3))
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_prefix_is_a_shorter_model_bitwise(k: int) -> None:
     model, x = multimodn().eval(), batch()
