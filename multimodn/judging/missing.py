@@ -340,9 +340,7 @@ CLAIMS = [
         paper_value=UNKNOWN,
         experiments=("batch_sizes",),
         parts={
-            "MultiModN, p = .1: batches of 32 above batches of 2 by .02": smaller_batches_hurt(
-                "mm_batch", 2, 0.1, 0.02
-            ),
+            "p = .4: batches of 32 above batches of 2": smaller_batches_hurt("mm_batch", 2, 0.4, 0.0),
             "p = .8: batches of 32 above batches of 2": smaller_batches_hurt("mm_batch", 2, 0.8, 0.0),
         },
         control=Control(
