@@ -107,6 +107,7 @@ def fit(
         checkpoints: folder where a long training leaves checkpoints, and from which it goes on, bit for bit.
 
     Raises:
+        KeyError: a task without labels.
         ValueError: an argument out of range, or labels that a task does not have.
     """
     check("epochs", epochs, epochs >= 0, ">= 0")
@@ -116,8 +117,10 @@ def fit(
     each = [seeds] if isinstance(seeds, int) else list(seeds)
     check("seeds", each, len(each) == (model.n_models or 1), "one seed a model")
     how = rule(missing)
-    for name, decoder in model.decoders.items():
-        decoder.check_target(rows.targets[name])  # type: ignore[operator]
+    for name in model.tasks:
+        if name not in rows.targets:
+            raise KeyError(f"rows.targets: no labels of task {name!r}; labels that are not known are -100 or NaN")
+        model.decoder(name).check_target(rows.targets[name])
     by_batch = how.train == "batch" and any(not mask.all() for mask in rows.masks.values())
     optimizer = (
         StackedAdam(model, lr) if by_batch and not single else torch.optim.Adam(model.parameters(), lr, fused=True)

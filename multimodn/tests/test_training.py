@@ -184,6 +184,8 @@ def test_what_is_refused(options: dict, message: str) -> None:
     wrong.targets["yes"][0] = 2
     with pytest.raises(ValueError, match="target=2"):
         fit(multimodn(), wrong)
+    with pytest.raises(KeyError, match="no labels of task 'which'"):
+        fit(multimodn(), Rows.of(batch(), {"yes": targets()["yes"]}))
 
 
 @pytest.mark.parametrize("how", ["sample", "batch"])
