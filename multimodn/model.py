@@ -101,8 +101,10 @@ class MultiModN(Network):
         unused = self._unused(batch)
         state = self.initial_state.unsqueeze(-2).expand(*batch.shape, self.state_size)  # (..., B, S)
         states, present = [state], []
+        nobody = torch.zeros(batch.shape, dtype=torch.bool, device=state.device)
+        everybody = ~nobody
         for sources in self._steps(order, batch.shape):
-            entering, taken = state, torch.zeros(batch.shape, dtype=torch.bool, device=state.device)
+            entering, taken = state, nobody
             for name, chosen in sources:
                 if name not in batch.inputs or name in unused:
                     continue
@@ -110,7 +112,7 @@ class MultiModN(Network):
                 here = mask if chosen is None else chosen if mask is None else mask & chosen
                 new = self.encoders[name](entering, batch.inputs[name])
                 state = new if here is None else torch.where(here.unsqueeze(-1), new, state)
-                taken = torch.ones_like(taken) if here is None else taken | here
+                taken = everybody if here is None else here if taken is nobody else taken | here
             states.append(state)
             present.append(taken)
         stacked = torch.stack(states, -3)  # (..., K+1, B, S)
@@ -132,19 +134,16 @@ class MultiModN(Network):
     def _decode(self, decoder: nn.Module, states: Tensor, present: Tensor) -> Tensor:
         """Outputs of all states, (..., K+1, B, S) -> (..., K+1, B, C).
 
-        How a product rounds depends on the place of a row in its batch. Equal states must give equal outputs, or ties
-        between samples would break at random: the initial state is decoded once, and in evaluation a sample that
-        skips a step keeps its outputs bitwise.
+        How a product rounds depends on the place of a row in its batch. Equal states must give equal outputs in
+        evaluation, or ties between samples would break at random: there the initial state is decoded once, and a sample
+        that skips a step keeps its outputs bitwise.
         """
-        first = decoder(self.initial_state.unsqueeze(-2))  # (..., 1, C)
-        rows = [first.expand(*states.shape[:-3], states.shape[-2], -1)]
-        later = decoder(states[..., 1:, :, :]) if states.shape[-3] > 1 else None
-        if later is None:
-            return rows[0].unsqueeze(-3)
         if self.training:
-            return torch.cat([rows[0].unsqueeze(-3), later], -3)
-        for k, row in enumerate(later.unbind(-3)):
-            rows.append(torch.where(present[..., k, :].unsqueeze(-1), row, rows[-1]))
+            return decoder(states)
+        rows = [decoder(self.initial_state.unsqueeze(-2)).expand(*states.shape[:-3], states.shape[-2], -1)]
+        if states.shape[-3] > 1:
+            for k, row in enumerate(decoder(states[..., 1:, :, :]).unbind(-3)):
+                rows.append(torch.where(present[..., k, :].unsqueeze(-1), row, rows[-1]))
         return torch.stack(rows, -3)
 
     def _steps(self, order: Sequence[str] | Tensor | None, shape: torch.Size) -> list[list[tuple[str, Tensor | None]]]:
