@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import check
+from multimodn.encoders.recurrent import check_state
 
 KINDS = ("tokens", "pixels")
 POOLS = ("first", "mean")
@@ -39,7 +40,8 @@ class HuggingFaceEncoder(nn.Module):
     Shapes: state (B, S), x (B, T) ids, integers or whole floats, or (B, C, H, W) -> (B, S).
 
     Raises:
-        ValueError: an argument out of range, x of another shape, or ids in a dtype that cannot tell all tokens apart.
+        ValueError: an argument out of range, state or x of another shape, or ids in a dtype that cannot tell all
+            tokens apart.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """Next state."""
+        check_state(state, x, self.state_size)
         pooled = self._read_tokens(x) if self.kind == "tokens" else self._read_pixels(x)
         return self.last(torch.cat([pooled.to(state.dtype), state], -1))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import check
+from multimodn.encoders.recurrent import check_state
 
 
 class ConvEncoder(nn.Module):
@@ -24,7 +25,7 @@ class ConvEncoder(nn.Module):
     Shapes: state (B, S), x (B, C, H, W) -> (B, S).
 
     Raises:
-        ValueError: an argument out of range, or x of another shape.
+        ValueError: an argument out of range, or state or x of another shape.
     """
 
     def __init__(self, channels: int, state_size: int, widths: Sequence[int] = (16, 32)) -> None:
@@ -49,5 +50,6 @@ class ConvEncoder(nn.Module):
         """Next state."""
         fits = x.ndim == 4 and x.shape[1] == self.channels
         check("x.shape", tuple(x.shape), fits, f"(B, {self.channels}, H, W)")
+        check_state(state, x, self.state_size)
         h = self.body(x).mean((-2, -1))
         return self.last(torch.cat([h, state], -1))

@@ -243,6 +243,7 @@ def classifier() -> nn.Module:
         (lambda: make()(torch.zeros(2, S), torch.zeros(2, 3, 4)), r"x.shape=\(2, 3, 4\): must be \(B, T\)"),
         (lambda: make()(torch.zeros(2, S), torch.zeros(2, 0)), "T >= 1"),
         (lambda: make("pixels")(torch.zeros(2, S), torch.zeros(2, 3)), r"must be \(B, C, H, W\)"),
+        (lambda: make()(torch.zeros(2, S + 1), torch.ones(2, 3)), r"state.shape=\(2, 6\): must be \(B, 5\)"),
         (lambda: HuggingFaceEncoder.from_config({"state_size": S}), "backbone=None: must be the config"),
         (lambda: HuggingFaceEncoder.from_config(make().config | {"attention": "a/b"}), "one of eager, sdpa"),
         (lambda: HuggingFaceEncoder.from_config({"backbone": {"model_type": "none"}, "state_size": S}), "none"),
