@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from common import statistics as s
+from common.pairing import both, rows
 
 ALPHA = 0.05
 SIMULATIONS = 3000
@@ -118,6 +119,7 @@ def test_the_opposite_is_the_mirrored_test(pairs, margin):
 
 
 @given(finite, st.floats(-10, 10))
+@settings(deadline=None)
 def test_no_sample_gives_nan_p(pairs, margin):
     a, b = np.array(pairs).T
     for outcome in (s.paired_greater(a, b, margin), s.equivalence(a, margin, margin + 1), s.mean_less(b, margin)):
@@ -280,6 +282,7 @@ def test_pairing_refuses_what_it_cannot_pair(frame, message):
 
 
 @given(finite.filter(lambda pairs: len(pairs) > 2), st.floats(0.05, 1))
+@settings(deadline=None)
 def test_shared_rows_widen_the_interval_as_nadeau_and_bengio_say(pairs, overlap):
     a, b = (np.array(v) for v in zip(*pairs, strict=True))
     plain, shared = s.paired_greater(a, b), s.paired_greater(a, b, overlap=overlap)
@@ -301,3 +304,22 @@ def test_shared_rows_in_every_test_of_means():
     assert both.p == pytest.approx(max(below.p, stats.t.sf(x.mean() / error, 4)))
     with pytest.raises(ValueError, match="overlap=-1"):
         s.mean_greater(x, 0.0, overlap=-1)
+
+
+def test_rows_of_given_values_and_seeds_that_both_arms_have():
+    frame = pd.DataFrame(
+        {
+            "arm": ["a", "a", "b", "b"],
+            "seed": [1, 2, 2, 3],
+            "optimizer.lr": [0.1, 0.1, 0.1, 0.3],
+            "loss": [1.0, 2, 3, 4],
+        }
+    )
+    assert rows(frame, arm="a")["loss"].tolist() == [1, 2]
+    assert rows(frame, optimizer__lr=0.1 + 1e-12, seed=2)["loss"].tolist() == [2, 3]
+    with pytest.raises(ValueError, match="no record with {'arm': 'c'}"):
+        rows(frame, arm="c")
+    with pytest.raises(ValueError, match="column 'optimizer.wd' is not recorded"):
+        rows(frame, optimizer__wd=1)
+    a, b = both(frame, "a", "b", "loss")
+    assert (a.tolist(), b.tolist()) == ([2.0], [3.0])

@@ -141,6 +141,13 @@ def test_a_scale_without_grids_falls_back_or_is_empty() -> None:
     assert planner("paper").plan("compare") == []
 
 
+def test_a_scale_can_take_over_the_entries_of_another() -> None:
+    made = planner("paper")
+    own = {"arm": "x", "seed": 1}
+    made.sweeper = lambda experiment: {"grids": {"laptop": [own], "paper": [[own, own], {"arm": "y"}]}}  # type: ignore
+    assert made.entries("tune") == [own, own, {"arm": "y"}]
+
+
 def test_selection_takes_the_best_mean_over_seeds() -> None:
     made = planner(loss=by_lr({0.1: [0.0, 9.0], 0.3: [3.0, 3.0], 0.9: [4.0, 4.0]}))
     gd, ball = made.plan("compare")

@@ -134,6 +134,7 @@ def test_convolutions_are_their_composition() -> None:
 def test_the_transformer_is_its_equations() -> None:
     torch.manual_seed(0)
     encoder, (state, x) = TransformerEncoder(3, S, 8, 2, layers=2, feedforward=12).double(), data("transformer")
+    assert [layer.linear1.out_features for layer in encoder.body.layers] == [12, 12]
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.normal_(std=0.5)
@@ -266,7 +267,7 @@ def test_what_is_refused(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("shape", [(B, S + 1), (B - 1, S), (S,), (1, B, S)])
+@pytest.mark.parametrize("shape", [(B, S + 1), (B - 1, S), (S,), (1, B, S), (B, S, 1)])
 def test_states_of_another_shape_are_refused(kind: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"state.shape=.*: must be \(B, {S}\), with as many rows as x"):
         MAKE[kind]()(torch.zeros(shape), data(kind)[1])
