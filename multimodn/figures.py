@@ -162,6 +162,20 @@ def subsets(records: Records) -> Figure:
     return figure
 
 
+def single_modalities(records: Records) -> Figure:
+    """Each modality alone and all of them, by cohort."""
+    found: dict[tuple[int, str], pd.Series] = {}
+    arms = ["all modalities", *(f"modality {k + 1} alone" for k in range(4))]
+    for i, c in enumerate(samples.SINGLE):
+        found[i, arms[0]] = samples.of(records["multi"], "mm", cohort__name=c)
+        for k in range(4):
+            found[i, arms[k + 1]] = samples.of(records["unimodal"], "mm", cohort__name=c, network__only=k)
+    figure, ax = new(height=4.6)
+    _dots(ax, [cohort_name(c) for c in samples.SINGLE], arms, found)
+    _legend_below(figure, ax, 3)
+    return figure
+
+
 def _by_size(scores: Sequence[float]) -> list[float]:
     sizes = np.array([bits.bit_count() for bits in range(len(scores))])
     return [float(np.mean(np.array(scores)[sizes == k])) for k in range(sizes.max() + 1)]

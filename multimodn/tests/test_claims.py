@@ -161,6 +161,7 @@ def shift(arm: str, metric: str, by: float, **where: object):  # type: ignore[no
         ("C5.positions", "positions", shift("pf_batch", "auroc_flip", -0.08, corruption__modality=3)),
         ("C5.batches", "batch_sizes", shift("mm_batch", "auroc_flip", 0.3, task__batch_size=2)),
         ("C5.trees", "mnar", shift("boosting", "auroc_flip", 0.7, cohort__name="nhefs")),
+        ("C6.unimodal", "unimodal", shift("mm", "auroc_full", 0.4, network__only=3)),
         ("C7", "mcar", shift("mm", "auroc_same", -0.3, corruption__share=0.8)),
         ("C8", "rules", shift("mm_robust", "auroc_flip", -0.6, cohort__name="digits")),
         ("C8", "rules", shift("mm_robust", "auroc_full", -0.04)),

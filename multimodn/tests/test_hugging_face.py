@@ -159,6 +159,20 @@ def test_config_knows_the_attention_and_a_pooler_that_was_left_out() -> None:
     assert twin.backbone.config._attn_implementation == "eager"
 
 
+def test_code_from_elsewhere_is_never_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModel
+
+    config, build, asked = make().config, AutoModel.from_config, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("trust_remote_code"))
+        return build(*args, **options)
+
+    monkeypatch.setattr(AutoModel, "from_config", spy)
+    HuggingFaceEncoder.from_config(config)
+    assert asked == [False]
+
+
 def test_config_names_no_place_to_load_from() -> None:
     encoder = make()
     encoder.backbone.config._name_or_path = "/somewhere"

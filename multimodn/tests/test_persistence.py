@@ -170,6 +170,7 @@ def test_grids_are_bitwise_the_same(name: str, tmp_path: Path) -> None:
                           [*model.encoders.values(), *model.decoders.values()], strict=True):  # fmt: skip
         assert type(one) is type(other) and one.config == other.config
     assert same(twin, model, every_input())
+    assert same(load(save(torch.compile(model), tmp_path / "compiled")), model, every_input())  # type: ignore[arg-type]
     assert not any(p.requires_grad for p in twin.encoders["bert"].backbone.parameters())
     assert sorted(p.name for p in (tmp_path / "a" / "model").iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["model"]
@@ -384,3 +385,11 @@ def test_a_killed_write_leaves_a_whole_model(moment: str, left: int, tmp_path: P
     save(networks.multimodn(2), tmp_path / "m")
     assert same(load(tmp_path / "m"), networks.multimodn(2), networks.batch())
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_one_kill_after_another_loses_nothing(tmp_path: Path) -> None:
+    save(networks.multimodn(0), tmp_path / "m")
+    for moment in ("after rename 1", "before rename 1", "before rename 3"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "m"), moment], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert same(load(tmp_path / "m"), networks.multimodn(0), networks.batch())

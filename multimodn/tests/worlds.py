@@ -50,6 +50,8 @@ def right(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
         flip += 0.03 * c["modality"]
     if experiment == "natural" and arm == "mm_batch":
         full -= 0.2
+    if experiment == "unimodal":
+        full -= 0.05 + 0.02 * config["network"]["only"]
     if experiment == "batch_sizes":
         flip = 0.6 + 0.05 * np.log2(config["task"]["batch_size"]) + shaken
     if experiment == "mechanisms":
