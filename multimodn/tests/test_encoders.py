@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multimodn import ClassDecoder, ConvEncoder, GRUEncoder, MLPEncoder, MultiModN, TransformerEncoder, stack
+from multimodn import (
+    ClassDecoder,
+    ConvEncoder,
+    GRUEncoder,
+    MLPEncoder,
+    MultiModN,
+    TransformerEncoder,
+    load,
+    save,
+    stack,
+)
 
 S, B, T = 5, 6, 7
 MAKE = {
@@ -215,6 +226,12 @@ def test_compiled_as_one_graph(kind: str) -> None:
     with torch._dynamo.config.patch(allow_rnn=True):  # torch refuses recurrent layers without it
         found = torch.compile(encoder, fullgraph=True, backend="eager")(state, x)
     torch.testing.assert_close(found, encoder(state, x), rtol=0, atol=1e-6)
+
+
+def test_a_compiled_chain_is_saved_as_the_chain(tmp_path: Path) -> None:
+    model = MultiModN({"x": MAKE["conv"]()}, {"yes": ClassDecoder(S)}, S).eval()
+    twin = load(save(torch.compile(model, backend="eager"), tmp_path / "m"))  # type: ignore[arg-type]
+    assert torch.equal(twin({"x": data("conv")[1]}).states, model({"x": data("conv")[1]}).states)
 
 
 def test_stacked_models_are_the_models(kind: str) -> None:

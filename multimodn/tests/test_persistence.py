@@ -170,7 +170,6 @@ def test_grids_are_bitwise_the_same(name: str, tmp_path: Path) -> None:
                           [*model.encoders.values(), *model.decoders.values()], strict=True):  # fmt: skip
         assert type(one) is type(other) and one.config == other.config
     assert same(twin, model, every_input())
-    assert same(load(save(torch.compile(model), tmp_path / "compiled")), model, every_input())  # type: ignore[arg-type]
     assert not any(p.requires_grad for p in twin.encoders["bert"].backbone.parameters())
     assert sorted(p.name for p in (tmp_path / "a" / "model").iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["model"]
@@ -341,6 +340,19 @@ def test_a_failed_write_leaves_the_older_model(tmp_path: Path, monkeypatch: pyte
         assert same(load(tmp_path / "m"), networks.multimodn(0), networks.batch())
 
 
+def test_a_model_that_a_kill_left_aside_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = save(networks.multimodn(0), tmp_path / "m"), os.replace
+    for last in (0, 1, 2):  # renames that come to pass: the older one back, aside again, the new one
+        rename(folder if folder.exists() else tmp_path / ".m.old", tmp_path / ".m.old")
+        left = iter(range(last))
+        monkeypatch.setattr(
+            os, "replace", lambda a, b, left=left: rename(a, b) if next(left, None) is not None else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            save(networks.multimodn(1), folder)
+        assert same(load(folder), networks.multimodn(0), networks.batch())
+
+
 KILLED = """
 import os, signal, sys, shutil
 import safetensors.torch
@@ -385,11 +397,3 @@ def test_a_killed_write_leaves_a_whole_model(moment: str, left: int, tmp_path: P
     save(networks.multimodn(2), tmp_path / "m")
     assert same(load(tmp_path / "m"), networks.multimodn(2), networks.batch())
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
-
-
-def test_one_kill_after_another_loses_nothing(tmp_path: Path) -> None:
-    save(networks.multimodn(0), tmp_path / "m")
-    for moment in ("after rename 1", "before rename 1", "before rename 3"):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "m"), moment], check=False)
-        assert killed.returncode == -signal.SIGKILL
-        assert same(load(tmp_path / "m"), networks.multimodn(0), networks.batch())
