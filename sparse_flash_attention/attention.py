@@ -1,0 +1,127 @@
+"""The two attentions of the paper as functions in the argument order of `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.kernels.dispatch import choose
+from sparse_flash_attention import arguments, operator
+from sparse_flash_attention.reference import masked_attention, visible
+from sparse_flash_attention.segments import plan
+
+REFUSALS = {
+    name: lambda q, v, name=name: operator.face(name).refuses(q, v) for name in ("cpp", "triton", "torch", "flex")
+}
+REFUSALS["reference"] = lambda q, v: None
+"""Face -> why it cannot serve (q, v); the preferred first."""
+
+
+def qk_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_keep: Tensor | None = None,
+    k_keep: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Exact attention among kept queries and kept keys; its cost falls with the square of the kept share (section 3.1).
+
+    Args:
+        q: queries (B, H, Tq, D), float32, bfloat16, float16 or float64, any strides.
+        k: keys (B, Hk, Tk, D), Hk a divisor of H (grouped-query attention).
+        v: values (B, Hk, Tk, Dv).
+        q_keep: bool, broadcastable to (B, H, Tq); False drops the query. None keeps all.
+        k_keep: bool, broadcastable to (B, H, Tk); with Hk < H also (B, Hk, Tk). None keeps all.
+        scale: factor on the scores; None is 1 / sqrt(D).
+        causal: the query at t sees keys at u <= t (both count from 0, also where Tq differs from Tk).
+        backend: None picks by device; "cpp", "triton", "torch", "flex" or "reference" forces one.
+
+    Returns:
+        (B, H, Tq, Dv) in the dtype of q. Dropped queries and queries that see no key give 0 and pass no gradient;
+        dropped keys get none. What a dropped row holds, NaN included, has no effect.
+
+    Raises:
+        TypeError: dtypes that differ or are not supported; a keep mask that is not bool.
+        ValueError: shapes or devices that do not fit, or a backend that cannot serve the call.
+    """
+    return _attention(q, k, v, q_keep, k_keep, None, None, True, scale, causal, backend)
+
+
+def hash_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_hash: Tensor,
+    k_hash: Tensor | None = None,
+    *,
+    q_keep: Tensor | None = None,
+    k_keep: Tensor | None = None,
+    include_self: bool = True,
+    scale: float | None = None,
+    causal: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Exact attention inside buckets: a query sees the keys with its own bucket id (section 3.2).
+
+    Args:
+        q: queries (B, H, Tq, D), float32, bfloat16, float16 or float64, any strides.
+        k: keys (B, Hk, Tk, D), Hk a divisor of H (grouped-query attention).
+        v: values (B, Hk, Tk, Dv).
+        q_hash: integers of any value, broadcastable to (B, H, Tq).
+        k_hash: integers, broadcastable to (B, H, Tk); None shares q_hash (Tq = Tk) and saves a sort.
+        q_keep: bool, broadcastable to (B, H, Tq); on top of the hashes, as in `qk_sparse_attention`.
+        k_keep: bool, broadcastable to (B, H, Tk).
+        include_self: False hides a row from itself (u < t), as the paper's language model does.
+        scale: factor on the scores; None is 1 / sqrt(D).
+        causal: the query at t sees keys at u <= t.
+        backend: None picks by device; "cpp", "triton", "torch", "flex" or "reference" forces one.
+
+    Returns:
+        (B, H, Tq, Dv) in the dtype of q; 0 without gradient where a query sees nothing.
+
+    Raises:
+        TypeError: dtypes that differ or are not supported; hashes that are not integers; masks that are not bool.
+        ValueError: shapes or devices that do not fit; include_self=False without causal or with Tq != Tk; a backend
+            that cannot serve the call.
+    """
+    return _attention(
+        q, k, v, q_keep, k_keep, q_hash, q_hash if k_hash is None else k_hash, include_self, scale, causal, backend
+    )
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, q_keep: Tensor | None, k_keep: Tensor | None,
+    q_hash: Tensor | None, k_hash: Tensor | None, include_self: bool,
+    scale: float | None, causal: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    shape = batch, heads, q_len, k_len = arguments.shapes(q, k, v)
+    q_keep = arguments.keep("q_keep", q_keep, (batch, heads, q_len), q.device)
+    k_keep = arguments.keep("k_keep", _per_query_head(k_keep, k, heads), (batch, heads, k_len), q.device)
+    if q_hash is not None:
+        shared = k_hash is q_hash
+        q_hash = arguments.ids("q_hash", q_hash, (batch, heads, q_len), q.device)
+        k_hash = _per_query_head(k_hash, k, heads)
+        k_hash = (
+            q_hash if shared and q_len == k_len else arguments.ids("k_hash", k_hash, (batch, heads, k_len), q.device)
+        )
+    if not include_self and (not causal or q_len != k_len):
+        raise ValueError(
+            f"include_self=False with causal={causal}, Tq={q_len}, Tk={k_len}: needs causal=True and Tq = Tk"
+        )
+    scale = arguments.scaling(scale, q.shape[3])
+    backend = choose(REFUSALS, q, v, backend=backend)
+    sparsity = (q_keep, k_keep, q_hash, k_hash)
+    if backend == "reference" or 0 in (batch, heads, q_len, k_len):
+        mask = visible(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)
+        return masked_attention(q, k, v, mask, scale)
+    ranges = plan(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)
+    return operator.planned_attention(q, k, v, ranges, scale, backend)[0]
+
+
+def _per_query_head(x: Tensor | None, k: Tensor, heads: int) -> Tensor | None:
+    """Grouped queries: what is given a key head is meant for all query heads that read it."""
+    own = isinstance(x, Tensor) and x.ndim >= 2 and 1 < x.shape[-2] == k.shape[1] < heads
+    return x.repeat_interleave(heads // k.shape[1], dim=-2) if own else x
