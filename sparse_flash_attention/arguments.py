@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -40,6 +41,18 @@ def shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return q.shape[0], q.shape[1], q.shape[2], k.shape[2]
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype of `torch.autocast`, where that is on; float64 and what is not floating stay, as in PyTorch."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasting(x.device.type) else x
+
+
+def autocasting(device: str) -> bool:
+    """Is `torch.autocast` on for this type of device (some, as meta, know none)?"""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def keep(name: str, mask: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> Tensor | None:
     """Check a keep mask and give it three dimensions, broadcastable to (B, H, T).
 
@@ -62,21 +75,33 @@ def ids(name: str, hashes: Tensor, shape: tuple[int, int, int], device: torch.de
         TypeError: not an integer tensor.
         ValueError: not broadcastable, or on another device.
     """
+    integers(name, hashes)
+    signed = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+    return _fit(name, hashes if hashes.dtype in signed else hashes.long(), shape, device)
+
+
+def integers(name: str, hashes: Tensor) -> None:
+    """Check that bucket ids are integers.
+
+    Raises:
+        TypeError: not an integer tensor.
+    """
     found = hashes.dtype if isinstance(hashes, Tensor) else type(hashes).__name__
     if not isinstance(hashes, Tensor) or hashes.is_floating_point() or hashes.is_complex() or found is torch.bool:
         raise TypeError(f"{name} of type {found}: must be a tensor of integers (bucket ids, any values)")
-    signed = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-    return _fit(name, hashes if hashes.dtype in signed else hashes.long(), shape, device)
 
 
 def scaling(scale: float | None, head_dim: int) -> float:
     """1 / sqrt(D) unless given.
 
     Raises:
+        TypeError: not a number.
         ValueError: not a finite number.
     """
     if scale is None:
         return 1 / math.sqrt(head_dim)
+    if not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale={scale!r}: must be a finite number or None")
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: must be a finite number")
     return float(scale)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from operator import index
+
+import torch
 from torch import Tensor
 
-from common.kernels.dispatch import choose
+from common.kernels import dispatch
 from sparse_flash_attention import arguments, operator
 from sparse_flash_attention.reference import masked_attention, visible
 from sparse_flash_attention.segments import plan
 
 REFUSALS = {
-    name: lambda q, v, name=name: operator.face(name).refuses(q, v) for name in ("cpp", "triton", "torch", "flex")
+    name: lambda q, v, name=name: operator.face(name).refuses(q, v) for name in ("cpp", "torch", "triton", "flex")
 }
 REFUSALS["reference"] = lambda q, v: None
-"""Face -> why it cannot serve (q, v); the preferred first."""
+"""Face -> why it cannot serve (q, v); the preferred first (torch serves the CPU alone, which gets Triton's interpreter only if asked)."""
 
 
 def qk_sparse_attention(
@@ -41,7 +45,8 @@ def qk_sparse_attention(
 
     Returns:
         (B, H, Tq, Dv) in the dtype of q. Dropped queries and queries that see no key give 0 and pass no gradient;
-        dropped keys get none. What a dropped row holds, NaN included, has no effect.
+        dropped keys get none. What a dropped row holds, NaN included, has no effect. Under `torch.autocast` q, k and v
+        are cast to its dtype first, as `scaled_dot_product_attention` does.
 
     Raises:
         TypeError: dtypes that differ or are not supported; a keep mask that is not bool.
@@ -80,13 +85,14 @@ def hash_sparse_attention(
         backend: None picks by device; "cpp", "triton", "torch", "flex" or "reference" forces one.
 
     Returns:
-        (B, H, Tq, Dv) in the dtype of q; 0 without gradient where a query sees nothing.
+        (B, H, Tq, Dv) in the dtype of q (of autocast, where that is on); 0 without gradient where a query sees nothing.
 
     Raises:
         TypeError: dtypes that differ or are not supported; hashes that are not integers; masks that are not bool.
         ValueError: shapes or devices that do not fit; include_self=False without causal or with Tq != Tk; a backend
             that cannot serve the call.
     """
+    arguments.integers("q_hash", q_hash)  # None would be attention without buckets
     return _attention(
         q, k, v, q_keep, k_keep, q_hash, q_hash if k_hash is None else k_hash, include_self, scale, causal, backend
     )
@@ -97,6 +103,7 @@ def _attention(
     q_hash: Tensor | None, k_hash: Tensor | None, include_self: bool,
     scale: float | None, causal: bool, backend: str | None,
 ) -> Tensor:  # fmt: skip
+    q, k, v = (arguments.autocast(x) for x in (q, k, v))
     shape = batch, heads, q_len, k_len = arguments.shapes(q, k, v)
     q_keep = arguments.keep("q_keep", q_keep, (batch, heads, q_len), q.device)
     k_keep = arguments.keep("k_keep", _per_query_head(k_keep, k, heads), (batch, heads, k_len), q.device)
@@ -112,13 +119,32 @@ def _attention(
             f"include_self=False with causal={causal}, Tq={q_len}, Tk={k_len}: needs causal=True and Tq = Tk"
         )
     scale = arguments.scaling(scale, q.shape[3])
-    backend = choose(REFUSALS, q, v, backend=backend)
+    backend = _choose(q, v, backend)
     sparsity = (q_keep, k_keep, q_hash, k_hash)
-    if backend == "reference" or 0 in (batch, heads, q_len, k_len):
-        mask = visible(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)
-        return masked_attention(q, k, v, mask, scale)
-    ranges = plan(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)
-    return operator.planned_attention(q, k, v, ranges, scale, backend)[0]
+    with _without_autocast(q.device.type):
+        if backend == "reference" or 0 in (batch, heads, q_len, k_len):
+            mask = visible(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)
+            return masked_attention(q, k, v, mask, scale)
+        ranges = plan(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)
+        return operator.planned_attention(q, k, v, ranges, scale, backend)[0]
+
+
+def _choose(q: Tensor, v: Tensor, backend: str | None) -> str:
+    if torch.compiler.is_compiling():
+        return _choose_for(q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), dispatch.wish(backend))
+    return dispatch.choose(REFUSALS, q, v, backend=backend)
+
+
+@torch.compiler.assume_constant_result
+def _choose_for(device: torch.device, dtype: torch.dtype, dim: int, v_dim: int, wish: str | None) -> str:
+    """Called while a graph is traced: refusals look at files, packages and compilers, which no graph can hold."""
+    q, v = (torch.empty(0, 1, 1, width, dtype=dtype, device=device) for width in (dim, v_dim))
+    return dispatch.choose(REFUSALS, q, v, backend=wish)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Inside, a face's own products are not cast once more."""
+    return torch.autocast(device, enabled=False) if arguments.autocasting(device) else contextlib.nullcontext()
 
 
 def _per_query_head(x: Tensor | None, k: Tensor, heads: int) -> Tensor | None:

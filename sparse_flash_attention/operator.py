@@ -46,7 +46,8 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_order: Tensor, k_order: Tensor, k_begin: Tensor, k_end: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return face(backend).backward(grad, q, k, v, out, lse, Plan(q_order, k_order, k_begin, k_end), scale)
+    grads = face(backend).backward(grad, q, k, v, out, lse, Plan(q_order, k_order, k_begin, k_end), scale)
+    return tuple(x.contiguous() for x in grads)  # as the fake kernel says; a face may cut them out of padded rows
 
 
 @_backward.register_fake

@@ -53,5 +53,5 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     k, v = k.where(used, 0), v.where(used, 0)
     scores = (scale * q @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
     alive = mask.any(-1, keepdim=True)
-    weights = torch.softmax(scores.where(alive, 0), dim=-1).where(alive, 0)
-    return weights @ v
+    weights = torch.softmax(scores.where(alive, 0), dim=-1)
+    return (weights @ v).where(alive, 0)  # after the sum: a NaN that others see must not reach a row of 0

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 Refusal = Callable[..., str | None]
 """Called with the operator's arguments; returns why the face cannot serve them, or None if it can."""
 
-_forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+# a plain global: torch.compile reads it, and traces again when it has changed; a ContextVar it cannot read
+_forced: str | None = None
 
 
 def choose(faces: Mapping[str, Refusal], *call: Any, backend: str | None = None) -> str:
@@ -29,8 +29,8 @@ def choose(faces: Mapping[str, Refusal], *call: Any, backend: str | None = None)
     Raises:
         ValueError: no such face, or it refuses the call, or all do; the message says why.
     """
-    wish = backend if backend is not None else _forced.get()
-    if wish is None:
+    wished = wish(backend)
+    if wished is None:
         reasons = {}
         for name, refuses in faces.items():
             reason = refuses(*call)
@@ -38,19 +38,25 @@ def choose(faces: Mapping[str, Refusal], *call: Any, backend: str | None = None)
                 return name
             reasons[name] = reason
         raise ValueError("no backend serves this call: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
-    if wish not in faces:
-        raise ValueError(f"backend={wish!r}: must be None or one of {', '.join(faces)}")
-    reason = faces[wish](*call)
+    if wished not in faces:
+        raise ValueError(f"backend={wished!r}: must be None or one of {', '.join(faces)}")
+    reason = faces[wished](*call)
     if reason is not None:
-        raise ValueError(f"backend={wish!r}: {reason}")
-    return wish
+        raise ValueError(f"backend={wished!r}: {reason}")
+    return wished
+
+
+def wish(backend: str | None) -> str | None:
+    """The face that the caller, or else a `forced` block around it, wishes for."""
+    return backend if backend is not None else _forced
 
 
 @contextlib.contextmanager
 def forced(backend: str | None) -> Iterator[None]:
-    """Inside the block every operator whose caller has no wish of its own runs on this face."""
-    token = _forced.set(backend)
+    """Inside the block every operator whose caller has no wish of its own runs on this face, in all threads."""
+    global _forced
+    before, _forced = _forced, backend
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
