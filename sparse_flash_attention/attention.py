@@ -6,6 +6,7 @@ import contextlib
 from operator import index
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels import dispatch
@@ -17,7 +18,7 @@ REFUSALS = {
     name: lambda q, v, name=name: operator.face(name).refuses(q, v) for name in ("cpp", "torch", "triton", "flex")
 }
 REFUSALS["reference"] = lambda q, v: None
-"""Face -> why it cannot serve (q, v); the preferred first (torch serves the CPU alone, which gets Triton's interpreter only if asked)."""
+"""Face -> why it cannot serve (q, v); the preferred first. A CPU gets Triton's interpreter only if asked for it."""
 
 
 def qk_sparse_attention(
@@ -119,8 +120,12 @@ def _attention(
             f"include_self=False with causal={causal}, Tq={q_len}, Tk={k_len}: needs causal=True and Tq = Tk"
         )
     scale = arguments.scaling(scale, q.shape[3])
-    backend = _choose(q, v, backend)
     sparsity = (q_keep, k_keep, q_hash, k_hash)
+    if q.is_cuda and dispatch.wish(backend) is None and all(x is None for x in sparsity):
+        # nothing to skip: the vendor's dense kernel
+        grouped = k.shape[1] < heads
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    backend = _choose(q, v, backend)
     with _without_autocast(q.device.type):
         if backend == "reference" or 0 in (batch, heads, q_len, k_len):
             mask = visible(shape, *sparsity, causal=causal, include_self=include_self, device=q.device)

@@ -102,16 +102,16 @@ def _buckets(
     dtype = torch.promote_types(q_hash.dtype, k_hash.dtype)
     q_ids, q_order, q_live = _sorted(q_hash.to(dtype), q_keep)
     k_ids, k_order, k_live = (q_ids, q_order, q_live) if shared else _sorted(k_hash.to(dtype), k_keep)
-    # dropped keys carry the largest id, so a search never lands behind a live one
-    begin = torch.searchsorted(k_ids, q_ids).minimum(k_live)
+    # dropped keys carry the largest id, so a bucket never starts behind them; it may end among them
+    begin = torch.searchsorted(k_ids, q_ids)
     end = torch.searchsorted(k_ids, q_ids, right=True).minimum(k_live)
     if causal:
-        # (bucket, position) as one number, with the place where a bucket starts as its name
-        step = max(q_hash.shape[1], k_hash.shape[1]) + 1
+        # (bucket, position) as one number, with the place where a bucket starts as its name: the next one starts at
+        # least one place later, so all positions of keys fit in between
+        step = k_hash.shape[1]
         ids = torch.searchsorted(k_ids, k_ids) * step + k_order
-        ids = torch.where(torch.arange(k_ids.shape[1], device=ids.device) < k_live, ids, torch.iinfo(ids.dtype).max)
-        until = torch.searchsorted(ids, begin * step + q_order, right=include_self)
-        end = torch.maximum(torch.minimum(end, until), begin)
+        ids = torch.where(torch.arange(step, device=ids.device) < k_live, ids, torch.iinfo(ids.dtype).max)
+        end = end.minimum(torch.searchsorted(ids, begin * step + q_order, right=include_self))
     dropped = torch.arange(q_ids.shape[1], device=q_ids.device) >= q_live
     return Plan(q_order, k_order, torch.where(dropped, k_live, begin), torch.where(dropped, k_live, end))
 

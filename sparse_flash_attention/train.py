@@ -7,9 +7,7 @@ TASKS = {
     name: f"sparse_flash_attention.tasks.{name}" for name in ("language", "runtime", "step", "coverage", "exactness")
 }
 
-main = trial_cli(
-    paper="sparse_flash_attention", schema=TrialConfig, entry=lambda config: TASKS[config.task.name]
-)
+main = trial_cli(paper="sparse_flash_attention", schema=TrialConfig, entry=lambda config: TASKS[config.task.name])
 
 if __name__ == "__main__":
     main()

@@ -140,7 +140,11 @@ def assembled(ptx: str) -> tuple[int, int, int]:
         # the flags that Triton itself passes
         command = [ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={architecture[1]}", str(source)]
         done = subprocess.run(
-            [*command, "-o", str(Path(folder) / "kernel.cubin")], capture_output=True, text=True, timeout=300, check=False
+            [*command, "-o", str(Path(folder) / "kernel.cubin")],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
     found = [
         re.search(pattern, done.stderr)
@@ -221,13 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             paper = argument
     try:
-        kernels = importlib.import_module(f"{paper}.kernels.aot").KERNELS if paper else None
+        kernels = getattr(importlib.import_module(f"{paper}.kernels.aot"), "KERNELS", None) if paper else None
     except ModuleNotFoundError as error:
         if error.name is None or not f"{paper}.kernels.aot".startswith(error.name):
             raise
         kernels = None
     if kernels is None:
-        print(f"paper={paper}: must be a package with kernels/aot.py", file=sys.stderr)
+        print(f"paper={paper}: must be a package with KERNELS in its kernels/aot.py", file=sys.stderr)
         return 2
     started = time.time()
     try:

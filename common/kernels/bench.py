@@ -70,6 +70,7 @@ def compare(
     device: str = "cpu",
     bytes_moved: float = 0.0,
     operations: float = 0.0,
+    rate: float = 0.0,
     rounds: int = 31,
     budget_s: float = 20.0,
 ) -> list[Row]:
@@ -85,6 +86,7 @@ def compare(
         device: torch device; on CUDA the clock stops after a synchronize.
         bytes_moved: bytes that any implementation must read and write once.
         operations: multiply-adds times two that any implementation needs.
+        rate: operations per second of one thread, where a faster matrix product than torch's is known.
         rounds: rounds at most; at least 5 are run, however long they take.
         budget_s: no new round after this many seconds.
 
@@ -103,7 +105,7 @@ def compare(
     with threads_of(threads):
         gate(what, size, check)
         samples = interleaved(contenders, device=device, rounds=rounds, budget_s=budget_s)
-        floor_ms = floor(bytes_moved, operations, threads, device) * 1e3
+        floor_ms = floor(bytes_moved, operations, threads, device, rate) * 1e3
         memory_mb = peak_bytes(ours[1], device) / 1e6
     shared = {"what": what, "size": size, "threads": threads, "ours": ours[0]}
     shared |= {"floor_ms": floor_ms, "memory_mb": memory_mb}
@@ -135,14 +137,17 @@ def interleaved(
     return samples
 
 
-def floor(bytes_moved: float, operations: float, threads: int, device: str = "cpu") -> float:
-    """Seconds that the measured machine needs at least: the larger of the memory and the arithmetic time."""
+def floor(bytes_moved: float, operations: float, threads: int, device: str = "cpu", rate: float = 0.0) -> float:
+    """Seconds that the measured machine needs at least: the larger of the memory and the arithmetic time.
+
+    rate: operations per second of one thread by another matrix product than torch's; the faster one counts.
+    """
     seconds = []
     # on a busy machine more threads can be slower; the floor takes the better of one and all
     for n in {1, threads}:
         with threads_of(n):
             memory = bytes_moved / bandwidth(_probe_size(bytes_moved), n, device) if bytes_moved else 0.0
-            arithmetic = operations / gemm_rate(n, device) if operations else 0.0
+            arithmetic = operations / max(gemm_rate(n, device), n * rate) if operations else 0.0
             seconds.append(max(memory, arithmetic))
     return min(seconds)
 

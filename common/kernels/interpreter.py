@@ -21,9 +21,7 @@ def interpreting() -> bool:
     return os.environ.get(SWITCH, "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def interpreted(
-    arguments: Sequence[str], *, seconds: float = 300, on: bool = True
-) -> subprocess.CompletedProcess[str]:
+def interpreted(arguments: Sequence[str], *, seconds: float = 300, on: bool = True) -> subprocess.CompletedProcess[str]:
     """Run Python with the interpreter switched on (or off), from the repository's root.
 
     Args:

@@ -22,10 +22,19 @@ BUDGETED = [(dtype, head) for head in (64, 128) for dtype in ("bf16", "fp16")]
 REPORTED = [("bf16", 32), ("bf16", 80), ("bf16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256)]
 
 
-def specialised(name: str, dtype: str, head: int, tile: Tile, budget: Budget | None) -> Kernel:
+def specialised(
+    name: str, dtype: str, head: int, tile: Tile, targets: tuple[int, ...], budget: Budget | None
+) -> Kernel:
     """One kernel for contiguous inputs with H = Hk and D = Dv = `head`: strides divisible by 16, the last one 1."""
     function = FUNCTIONS[name]
-    constants = {"D": head, "DV": head, "BLOCK_D": padded(head), "BLOCK_DV": padded(head), "UPCAST": False, "STEP": STEP}
+    constants = {
+        "D": head,
+        "DV": head,
+        "BLOCK_D": padded(head),
+        "BLOCK_DV": padded(head),
+        "UPCAST": False,
+        "STEP": STEP,
+    }
     constants |= tile.meta(name) | {"group": 1} | {f"{x}_d": 1 for x in "qkvog"}
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {}
@@ -40,18 +49,20 @@ def specialised(name: str, dtype: str, head: int, tile: Tile, budget: Budget | N
     counts = ("heads", "steps", "scale", "scale_log2")
     aligned = frozenset(key for key in signature if key not in counts)
     size = f"{dtype} D={head} {tile.queries}x{tile.keys}" if tile.keys else f"{dtype} D={head} {tile.queries}"
-    targets = tuple(target for target in TARGETS if target >= tile.since)
     return Kernel(name, size, function, signature, constants, aligned, tile.warps, tile.stages, targets, budget)
 
 
 def kernels(cases: list[tuple[str, int]], budget: Budget | None, *, every: bool = True) -> list[Kernel]:
-    """Specs of all four kernels for (dtype, head) cases: every candidate tile, or only the first."""
-    return [
-        specialised(name, dtype, head, tile, budget)
-        for dtype, head in cases
-        for name in FUNCTIONS
-        for tile in candidates(name, padded(head), WIDTH[dtype], max(TARGETS))[: None if every else 1]
-    ]
+    """Specs of all four kernels for (dtype, head) cases: every candidate tile, or only a target's preferred one."""
+    found = []
+    for dtype, head in cases:
+        for name in FUNCTIONS:
+            tiles = {target: candidates(name, padded(head), WIDTH[dtype], target) for target in TARGETS}
+            for tile in tiles[max(TARGETS)]:
+                targets = tuple(x for x in TARGETS if tile in (tiles[x] if every else tiles[x][:1]))
+                if targets:
+                    found.append(specialised(name, dtype, head, tile, targets, budget))
+    return found
 
 
 KERNELS = kernels(BUDGETED, Budget()) + kernels(REPORTED, None)

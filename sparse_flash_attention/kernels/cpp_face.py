@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def library() -> ctypes.CDLL | None:
         "attention_forward": call,
         "attention_backward": call,
         "attention_scratch": two,
+        "attention_products": two,
         "attention_lanes": two[:1],
     }
     return load(Path(__file__).with_name("ranges.cpp"), functions)
@@ -70,6 +72,21 @@ def lanes() -> int:
     assert native is not None
     native.attention_lanes(ctypes.byref(found))
     return found.value
+
+
+@functools.cache
+def product_rate() -> float:
+    """Best measured operations per second of this build's matrix product on one thread."""
+    native, times = library(), ctypes.c_int64(200)
+    assert native is not None
+    rows, width, keys = 96, 64, 128  # TILE, head_dim and BLOCK of the source
+    memory = torch.ones(rows * width + width * keys + rows * keys)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        native.attention_products(memory.data_ptr(), ctypes.byref(times))
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * width * keys * times.value / min(seconds)
 
 
 def _rows(x: Tensor) -> Tensor:

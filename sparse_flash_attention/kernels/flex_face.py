@@ -82,7 +82,10 @@ def block_mask(plan: Plan, shape: tuple[int, int, int, int]) -> Any:
     alive = k_begin < k_end
     start = _tiles(k_begin.where(alive, k_len), k_len).amin(-1)
     stop = _tiles(k_end.where(alive, 0), 0).amax(-1)
-    last_begin, first_end = _tiles(k_begin.where(alive, k_len), 0).amax(-1), _tiles(k_end.where(alive, 0), k_len).amin(-1)
+    last_begin, first_end = (
+        _tiles(k_begin.where(alive, k_len), 0).amax(-1),
+        _tiles(k_end.where(alive, 0), k_len).amin(-1),
+    )
     low = torch.arange(-(-k_len // BLOCK), device=k_begin.device) * BLOCK
     start, stop, last_begin, first_end = (x.unsqueeze(-1) for x in (start, stop, last_begin, first_end))
     needed = (low < stop) & (low + BLOCK > start)  # (B, H, tiles of queries, tiles of keys)

@@ -484,6 +484,15 @@ void attention_backward(const int64_t *sizes, float scale, void *const *data, fl
     }
 }
 
+/* `times` products of a tile (TILE x 64) with a block of keys (64 x BLOCK), for the bench's floor: the rate at which this
+ * processor multiplies matrices that lie in its nearest cache. memory: TILE * 64 + 64 * BLOCK + TILE * BLOCK floats. */
+void attention_products(float *memory, const int64_t *times) {
+    float *a = memory, *b = a + TILE * 64, *c = b + 64 * BLOCK;
+    for (int64_t t = 0; t < *times; t++)
+        for (int64_t m = 0; m < TILE; m += ROWS)
+            product(ROWS, 64, a + m * 64, 64, 1, b, BLOCK, {c, BLOCK, nullptr}, m, 0, BLOCK, false);
+}
+
 /* How many floats a vector has. */
 void attention_lanes(int64_t *lanes) { *lanes = LANES; }
 }

@@ -167,7 +167,9 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     windows = text.evaluation(task.eval_tokens)
     held_out = evaluate(losses, windows, task, run_)
     late = densities(losses, windows, run_)
-    trial.log({f"{task.evaluate}/loss": held_out, "density": late}, step=min(task.steps, config.max_steps or task.steps))
+    trial.log(
+        {f"{task.evaluate}/loss": held_out, "density": late}, step=min(task.steps, config.max_steps or task.steps)
+    )
     rows = [
         {"seed": seed, "diverged": not math.isfinite(held_out[i]), f"{task.evaluate}_loss": held_out[i]}
         | {"train_loss": train_loss[i], "density_early": early[i], "density_late": late[i], "train_s": seconds}

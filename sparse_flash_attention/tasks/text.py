@@ -51,7 +51,9 @@ def read(config: TrialConfig) -> Text:
         _streams[made] = _read(config)
     streams, context = _streams[made], config.model.context
     if min(map(len, streams)) <= context:
-        raise ValueError(f"model.context={context}: must be < {min(map(len, streams))}, the tokens of the shorter split")
+        raise ValueError(
+            f"model.context={context}: must be < {min(map(len, streams))}, the tokens of the shorter split"
+        )
     return Text(*streams, context)
 
 

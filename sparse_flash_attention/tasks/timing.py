@@ -24,7 +24,9 @@ def fastest(calls: Mapping[str, Callable[[], object]], rounds: int, device: torc
     return found
 
 
-def training_pass(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def training_pass(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: tuple[Tensor, ...]
+) -> Callable[[], object]:
     """A call that runs an attention forward and backward on inputs that require gradients."""
 
     def call() -> object:

@@ -42,7 +42,10 @@ def llama():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-MODELS = {"gpt2": gpt2, "llama": llama}
+MODELS = {
+    "gpt2": lambda: gpt2(scale_attn_by_inverse_layer_idx=True),  # the scale is the model's, not 1/√D
+    "llama": llama,
+}
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # float32, two layers, logits of order ten
 
 
@@ -141,11 +144,13 @@ def test_padding_is_hidden(name, padding):
     eager = model(ids, attention_mask=mask).logits[mask.bool()]
     found = convert_attention(model, "drop")(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(found, eager, **TOLERANCE)
-    convert_attention(model, "hash", hashing="random", generator=generator(1))
-    first = model(ids, attention_mask=mask).logits[mask.bool()]
-    ids[~mask.bool()] = 5
-    convert_attention(model, "hash", hashing="random", generator=generator(1))
-    torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], first)
+    other = ids.masked_fill(~mask.bool(), 5)
+    for attention, options in (("hash", {"hashing": "random"}), ("drop", {"drop_at_eval": True})):
+        first, second = (
+            convert_attention(model, attention, **options, generator=generator(1))(x, attention_mask=mask).logits
+            for x in (ids, other)
+        )
+        torch.testing.assert_close(second[mask.bool()], first[mask.bool()])
 
 
 @pytest.mark.parametrize("name", MODELS)

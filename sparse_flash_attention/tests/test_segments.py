@@ -114,6 +114,16 @@ def test_lengths_may_differ(lengths: tuple[int, int], causal: bool) -> None:
     check(shape, q_hash=ids((2, 2, q_len)), k_hash=ids((2, 2, k_len), seed=7), **keeps)
 
 
+@pytest.mark.parametrize("q_len", [1, 2, 3, 80])
+def test_late_keys_lie_in_front_of_early_ones(q_len: int) -> None:
+    """(bucket, position) as one number must not mix buckets, however many keys there are to a query."""
+    for late in range(1, 20):
+        k_hash = torch.full((1, 1, 40), 2)
+        k_hash[..., -late:], k_hash[..., 0] = 0, 1
+        ranges = check((1, 1, q_len, 40), q_hash=torch.ones(1, 1, q_len, dtype=torch.int64), k_hash=k_hash)
+        assert ranges.k_begin[0].tolist() == [late] * q_len and ranges.k_end[0].tolist() == [late + 1] * q_len
+
+
 def test_rows_lie_in_order_of_bucket_and_position_with_the_dropped_last() -> None:
     hashes, keep = ids((1, 1, 50), 5) - 2, coins((1, 1, 50), 0.7)
     ranges = check((1, 1, 50, 50), q_keep=keep, k_keep=keep, q_hash=hashes, k_hash=hashes)

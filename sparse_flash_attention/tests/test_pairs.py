@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_flash_attention.attention import hash_sparse_attention
-from sparse_flash_attention.coverage import (
+from sparse_flash_attention.pairs import (
     attention_density,
     attention_weights,
     coverage,

@@ -1,0 +1,22 @@
+"""How arms and quantities are called in figures and tables."""
+
+ARM_NAMES = {
+    "dense": "dense (F-LM)",
+    "hash": "hash (H-LM)",
+    "random": "random buckets",
+    "none": "no attention",
+    "window": "window of equal cost",
+    "drop_30": "30 % dropped (D-LM)",
+    "drop_50": "50 % dropped",
+    "drop_70": "70 % dropped",
+    "reformer": "Reformer's chunks",
+    "dense_short": "dense, a quarter of the steps",
+    "dense_official": "dense, released keys",
+    "hash_official": "hash, without itself",
+    "drop_official": "30 % dropped, also in evaluation",
+}
+
+
+def name(arm: str) -> str:
+    """The arm as readers know it."""
+    return ARM_NAMES.get(arm, arm.replace("_", " "))
