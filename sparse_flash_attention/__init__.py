@@ -7,7 +7,6 @@ differentiable, and take the arguments of `scaled_dot_product_attention`. `QKSpa
 
 from sparse_flash_attention.attention import hash_sparse_attention, qk_sparse_attention
 from sparse_flash_attention.convert import convert_attention, register_transformers
-from sparse_flash_attention.pairs import attention_density, coverage, reformer_chunk_mask, reformer_coverage
 from sparse_flash_attention.gpt import GPTConfig, SparseGPT
 from sparse_flash_attention.hashing import lsh_hash, lsh_projections, random_buckets, random_keep
 from sparse_flash_attention.modules import (
@@ -18,6 +17,7 @@ from sparse_flash_attention.modules import (
     WindowSelfAttention,
 )
 from sparse_flash_attention.naive import naive_qk_sparse_attention
+from sparse_flash_attention.pairs import attention_density, coverage, reformer_chunk_mask, reformer_coverage
 from sparse_flash_attention.reformer import reformer_attention
 
 __all__ = [

@@ -181,7 +181,7 @@ def forward_rows(setup: Setup, case: Case, threads: int) -> list[bench.Row]:
         f"{case.length:,} rows, {case.name}",
         ("C++", lambda: case.attention(None)(*inputs)),
         {
-            "SDPA": lambda: F.scaled_dot_product_attention(*inputs, is_causal=True),
+            "SDPA": dense,
             "flex_attention": lambda: flex(*inputs),
         },
         check=right(case, None, inputs, False),
@@ -209,9 +209,8 @@ def step_rows(setup: Setup, length: int, threads: int) -> list[bench.Row]:
         return call
 
     def check() -> None:
-        models = [
-            SparseGPT(512, 128, 2, 2, 512, k, seed=0, **o) for k, o in (("dense", {}), ("drop", {"drop_prob": 0.0}))
-        ]
+        sizes = (512, 128, 2, 2, 512)
+        models = [SparseGPT(*sizes, "dense", seed=0), SparseGPT(*sizes, "drop", seed=0, drop_prob=0.0)]
         a, b = (float(model.to(setup.device).loss(ids[:, :512], ids[:, 1:513])) for model in models)
         assert abs(a - b) < 1e-4 * a, f"nothing dropped: loss {b}, dense {a}"
 

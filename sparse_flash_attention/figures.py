@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 
 from common.figures import INK, bars_with_ci, curve_with_band, new
 from common.pairing import rows
+from sparse_flash_attention.judging.samples import names_of
 from sparse_flash_attention.names import name
 
 if TYPE_CHECKING:
     from common.records import Records
 
-EVEN = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
+EVEN: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
 
 
 def errors(records: Records) -> Figure:
@@ -68,7 +69,7 @@ def _against_length(ax: Axes, frame: pd.DataFrame, names: Sequence[str], labels:
 def bucket_runtime(records: Records) -> Figure:
     """Hash-sparse attention: ratio against the length, one line a number of buckets."""
     frame = records["runtime"]
-    counts = sorted(int(c.split("_")[1]) for c in frame if c.startswith("buckets_"))
+    counts = sorted(int(c.split("_")[1]) for c in names_of(frame, "buckets_"))
     figure, ax = new()
     _against_length(ax, frame, [f"buckets_{n}" for n in counts], [f"{n} buckets" for n in counts])
     ax.legend(ncols=2)
@@ -78,7 +79,7 @@ def bucket_runtime(records: Records) -> Figure:
 def keep_runtime(records: Records) -> Figure:
     """QK-sparse attention: ratio against the kept share, with the square of the share as the ideal."""
     frame = records["runtime"]
-    found = sorted((float(c.split("_")[1]) for c in frame if c.startswith("keep_")), reverse=True)
+    found = sorted((float(c.split("_")[1]) for c in names_of(frame, "keep_")), reverse=True)
     length = 8192 if (frame["task.length"] == 8192).any() else int(frame["task.length"].max())
     own = rows(frame, task__length=length)
     ratios = np.stack([own["dense_ms"] / own[f"keep_{keep:g}_ms"] for keep in found], axis=1)
@@ -98,7 +99,7 @@ def keep_runtime(records: Records) -> Figure:
 def crossing(records: Records) -> Figure:
     """Dense time over the time of both ways against the dropped share."""
     frame = records["crossing"]
-    keeps = sorted((float(c.split("_")[1]) for c in frame if c.startswith("naive_")), reverse=True)
+    keeps = sorted((float(c.split("_")[1]) for c in names_of(frame, "naive_")), reverse=True)
     figure, ax = new()
     for i, (kind, label) in enumerate((("keep", "ranges (ours)"), ("naive", "compact, then an explicit mask"))):
         ratios = np.stack([frame["dense_ms"] / frame[f"{kind}_{keep:g}_ms"] for keep in keeps], axis=1)
@@ -137,7 +138,7 @@ def steps(records: Records) -> Figure:
     labels, samples = [], []
     for length in sorted(frame["task.length"].unique()):
         own = rows(frame, task__length=length)
-        for column in [c for c in frame if c.startswith(("hash_", "drop_")) and c.endswith("_ms")]:
+        for column in names_of(frame, "hash_") + names_of(frame, "drop_"):
             if own[column].notna().all():
                 kind, value = column.removesuffix("_ms").split("_")
                 what = f"{value} buckets" if kind == "hash" else f"{float(value):.0%} dropped"
@@ -148,7 +149,7 @@ def steps(records: Records) -> Figure:
     return figure
 
 
-def losses(arms: Sequence[str], experiment: str = "language") -> object:
+def losses(arms: Sequence[str], experiment: str = "language") -> Callable[[Records], Figure]:
     """A figure of test losses, one bar an arm."""
 
     def draw(records: Records) -> Figure:

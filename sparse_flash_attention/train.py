@@ -1,4 +1,4 @@
-"""One trial: `python -m sparse_flash_attention.train attention=hash seed=1`; a sweep: `experiment=parity -m`."""
+"""One trial: `python -m sparse_flash_attention.train attention=hash seed=1`; a sweep: `experiment=language -m`."""
 
 from common.cli import trial_cli
 from sparse_flash_attention.config import TrialConfig

@@ -31,8 +31,10 @@ from sparse_flash_attention.judging.samples import (
     Test,
     at_length,
     lengths,
+    names_of,
     speedups,
     swap_times,
+    times_of,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def exponents(records: Records, length: int = LONG) -> Array:
     """Slope of log time against log kept share, a value a seed."""
     frame = at_length(records, "runtime", length)
     keeps = sorted(KEEP_FLOORS)
-    times = np.log(np.stack([frame[f"keep_{keep:g}_ms"].to_numpy(dtype=np.float64) for keep in keeps], axis=1))
+    times = np.log(np.stack([times_of(frame, f"keep_{keep:g}") for keep in keeps], axis=1))
     return np.array([np.polyfit(np.log(keeps), row, 1)[0] for row in times])
 
 
@@ -120,7 +122,7 @@ def crossings(frame: pd.DataFrame, kind: str) -> Array:
 
     Between two shares the ratio is interpolated on a logarithmic axis; 0 if it is faster at once, 1 if it never is.
     """
-    keeps = sorted((float(c.split("_")[1]) for c in frame if c.startswith("naive_")), reverse=True)
+    keeps = sorted((float(c.split("_")[1]) for c in names_of(frame, "naive_")), reverse=True)
     dropped = 1 - np.array(keeps)
     found = []
     for _, row in frame.iterrows():
@@ -146,7 +148,7 @@ def crosses_earlier(records: Records) -> Outcome:
 def swap_naive(records: Records) -> Records:
     """The naive way and ours exchange their times."""
     frame = records["crossing"]
-    keeps = [c.removeprefix("naive_") for c in frame if c.startswith("naive_")]
+    keeps = [c.removeprefix("naive_") for c in names_of(frame, "naive_")]
     swapped = {f"naive_{k}": frame[f"keep_{k}"] for k in keeps} | {f"keep_{k}": frame[f"naive_{k}"] for k in keeps}
     return records.replace("crossing", frame.assign(**swapped))
 
@@ -297,7 +299,7 @@ CLAIMS = [
         parts={
             f"{keep:g} kept: ratio > {bound:g}": faster(f"keep_{keep:g}", bound) for keep, bound in KEEP_FLOORS.items()
         },
-        control=swap_times("runtime", KEEPS),
+        control=swap_times("runtime", KEEPS[::-1]),
         figure=figures.keep_runtime,
         caption=f"Dense time over sparse time, forward and backward, at 8,192 rows. {TIMED} {BANDS}",
     ),
@@ -313,7 +315,7 @@ CLAIMS = [
                 exponents(records), 1.6, 2.3, unit="power"
             )
         },
-        control=swap_times("runtime", KEEPS),
+        control=swap_times("runtime", KEEPS[::-1]),
         caption="See the figure of C3.",
     ),
     Claim(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.claims import Claim, Control, chain, roll, swap_arms
+from common.claims import Claim, Control, chain, swap_arms
 from common.pairing import both, rows
 from common.statistics import (
     Outcome,
@@ -45,7 +45,10 @@ def parity(arm: str, metric: str = "test_loss") -> Test:
 
     def test(records: Records) -> Outcome:
         frame = records["language"]
-        frame = frame.assign(judged=frame[metric].fillna(frame["test_loss"]) if metric in frame else frame["test_loss"])
+        if metric not in frame:
+            raise ValueError(f"column {metric!r} is not recorded")
+        # dense attention drops nothing, so it has one loss only
+        frame = frame.assign(judged=frame["test_loss"].where(frame["arm"] == "dense", frame[metric]))
         dense, own = both(frame, "dense", arm, "judged", mode="min")
         return noninferior(-own, -dense, MARGIN, unit=UNIT)
 
@@ -138,7 +141,7 @@ CLAIMS = [
             "dense attention beats no attention by > .1 nats": better("dense", "none", INFORMATIVE),
             "hash-sparse loses < .03 nats": parity("hash"),
         },
-        control=raised(("hash", "dense"), 0.5),
+        control=chain(raised(("dense",), 0.5), raised(("hash",), 1.0)),
         figure=figures.losses(("dense", "hash", "random", "window", "none")),
         caption=f"Test loss after as many tokens. {BANDS} Dots: seeds.",
     ),
@@ -176,7 +179,7 @@ CLAIMS = [
             "30 % dropped in training loses < .03 nats": parity("drop_30"),
             "70 % is above 30 %": better("drop_30", "drop_70"),
         },
-        control=roll("language", "test_loss"),
+        control=chain(swap_arms("language", "drop_30", "drop_70"), raised(("drop_30",), 0.5)),
         figure=figures.losses(("dense", "drop_30", "drop_50", "drop_70", "none")),
         caption=f"Test loss after as many tokens, nothing dropped in evaluation. {BANDS} Dots: seeds.",
     ),
@@ -221,8 +224,8 @@ CLAIMS = [
     Claim(
         id="C6.paper",
         title="Paper scale: 2.0 × and 3.3 × less time",
-        statement="At the paper's size hash-sparse attention halves the training time at 8,192 tokens and cuts it by 3.3 "
-        "at 16,384.",
+        statement="At the paper's size hash-sparse attention halves the training time at 8,192 tokens and cuts it by "
+        "3.3 at 16,384.",
         source="abstract",
         paper_value="2.0 ×, 3.3 ×",
         experiments=("step",),

@@ -24,6 +24,11 @@ TIMED = "A seed is a repetition with inputs, masks and buckets of its own."
 TIMES = "×"
 
 
+def names_of(frame: pd.DataFrame, prefix: str) -> list[str]:
+    """The columns with times of one kind: `keep_`, `buckets_`, `naive_`, `hash_` or `drop_`."""
+    return [str(c) for c in frame.columns if str(c).startswith(prefix) and str(c).endswith("_ms")]
+
+
 def at_length(records: Records, experiment: str, length: int) -> pd.DataFrame:
     """The rows of one length, by seed."""
     return rows(records[experiment], task__length=length).sort_values("seed")
@@ -32,15 +37,26 @@ def at_length(records: Records, experiment: str, length: int) -> pd.DataFrame:
 def speedups(records: Records, experiment: str, length: int, name: str) -> Array:
     """Dense time over the time of `name` (`keep_0.5`, `buckets_16`, `hash_16`, …), a value a seed."""
     frame = at_length(records, experiment, length)
-    found = (frame["dense_ms"] / frame[f"{name}_ms"]).to_numpy(dtype=np.float64)
+    return times_of(frame, "dense") / times_of(frame, name)
+
+
+def times_of(frame: pd.DataFrame, name: str) -> Array:
+    """Milliseconds of a contender, a value a row.
+
+    Raises:
+        ValueError: it was not timed in every row.
+    """
+    found = frame[f"{name}_ms"].to_numpy(dtype=np.float64) if f"{name}_ms" in frame else np.array([np.nan])
     if not np.isfinite(found).all():
-        raise ValueError(f"{experiment}: {name} was not timed at length {length}")
+        raise ValueError(f"{name} was not timed at task.length={sorted(frame['task.length'].unique())}")
     return found
 
 
 def lengths(records: Records, experiment: str, name: str) -> list[int]:
     """The lengths at which `name` was timed, ascending."""
     frame = records[experiment]
+    if f"{name}_ms" not in frame:
+        raise ValueError(f"{name} was not timed")
     timed = frame[f"{name}_ms"].notna()
     return sorted(int(x) for x in frame.loc[timed, "task.length"].unique())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None without a compiler (after one warning)."""
     call = [ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p]
     two = [ctypes.c_void_p, ctypes.c_void_p]
-    functions = {
+    functions: dict[str, Sequence[Any]] = {
         "attention_forward": call,
         "attention_backward": call,
         "attention_scratch": two,
@@ -105,6 +107,6 @@ def _call(name: str, strided: tuple[Tensor, ...], scale: float, data: tuple[Tens
     assert native is not None
     native.attention_scratch(sizes, floats)
     # through PyTorch's allocator, where a memory profile sees it
-    scratch = torch.empty(threads * floats[name == "attention_backward"], dtype=torch.float32)
+    scratch = torch.empty(floats[name == "attention_backward"], dtype=torch.float32)
     pointers = (ctypes.c_void_p * len(data))(*(x.data_ptr() for x in data))
     getattr(native, name)(sizes, scale, pointers, scratch.data_ptr())

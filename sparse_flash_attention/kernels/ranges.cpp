@@ -307,13 +307,12 @@ struct Backward {
     static int64_t owned(const Call &c) { return c.k_len * (padded(c.dim) + padded(c.v_dim)); }
     static int64_t floats(const Call &c) {
         const int64_t wide = padded(c.dim), v_wide = padded(c.v_dim);
-        return owned(c) + blocks_of(c.k_len) * BLOCK * (c.dim + wide + c.v_dim) +
-               TILE * (2 * wide + v_wide + 2 * BLOCK) + v_wide;
+        return blocks_of(c.k_len) * BLOCK * (c.dim + wide + c.v_dim) + TILE * (2 * wide + v_wide + 2 * BLOCK) + v_wide;
     }
 
-    Backward(const Call &call, const Gradients &gradients, int64_t shared_head, float *scratch)
-        : c(call), to(gradients), shared(shared_head), own(scratch) {
-        kt = own + owned(c);
+    Backward(const Call &call, const Gradients &gradients, int64_t shared_head, float *buffer, float *scratch)
+        : c(call), to(gradients), shared(shared_head), own(buffer) {
+        kt = scratch;
         kr = kt + keys * c.dim;
         vt = kr + keys * wide;
         q = vt + keys * c.v_dim;
@@ -436,12 +435,13 @@ Call read_call(const int64_t *sizes, float scale, void *const *data) {
 
 extern "C" {
 
-/* Floats of scratch that one thread needs, forward and backward. */
+/* Floats of scratch, forward and backward. */
 void attention_scratch(const int64_t *sizes, int64_t *floats) {
     void *none[9] = {};
     const Call c = read_call(sizes, 1, none);
-    floats[0] = padded(Forward::floats(c));
-    floats[1] = padded(Backward::floats(c));
+    const int64_t threads = sizes[8];
+    floats[0] = threads * padded(Forward::floats(c));
+    floats[1] = threads * padded(Backward::floats(c)) + (threads - 1) * Backward::owned(c);
 }
 
 /* sizes: B, H, Hk, Tq, Tk, D, Dv, type, threads, then the strides of q, k, v and the output's gradient;
@@ -468,16 +468,18 @@ void attention_backward(const int64_t *sizes, float scale, void *const *data, fl
     const int64_t floats = padded(Backward::floats(c)), wide = padded(c.dim), v_wide = padded(c.v_dim);
     const int64_t rows_of_head = c.q_len * c.groups();
     std::vector<int64_t> shared(threads);
+    /* the first run shares with nobody before it */
+    const auto buffer = [&](int t) { return t ? scratch + threads * floats + (t - 1) * Backward::owned(c) : nullptr; };
     for (int t = 0; t < threads; t++)
         shared[t] = cuts[t] < cuts[t + 1] && cuts[t] % rows_of_head ? cuts[t] / rows_of_head : -1;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int t = 0; t < threads; t++) {
-        Backward run(c, to, shared[t], scratch + t * floats);
+        Backward run(c, to, shared[t], buffer(t), scratch + t * floats);
         walk(c, cuts[t], cuts[t + 1], [&](auto... a) { run.enter(a...); }, [&](auto... a) { run.tile(a...); });
     }
     for (int t = 0; t < threads; t++) {
         if (shared[t] < 0) continue;
-        const float *own = scratch + t * floats;
+        const float *own = buffer(t);
         float *dk = to.dk + shared[t] * c.k_len * wide, *dv = to.dv + shared[t] * c.k_len * v_wide;
         for (int64_t x = 0; x < c.k_len * wide; x++) dk[x] += own[x];
         for (int64_t x = 0; x < c.k_len * v_wide; x++) dv[x] += own[c.k_len * wide + x];

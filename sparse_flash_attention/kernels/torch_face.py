@@ -124,9 +124,9 @@ def _jobs(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Job]:
 
     long = live[torch.maximum(n_queries, n_keys)[live] >= LONG]
     for i in long.tolist():
-        start, rows, key, keys = (int(x[i]) for x in (first, n_queries, first_key, n_keys))
+        start, rows, key, count = (int(x[i]) for x in (first, n_queries, first_key, n_keys))
         if is_triangle[i]:
-            yield Job(q_rows[None, start : start + rows], k_rows[None, key : key + keys], None)
+            yield Job(q_rows[None, start : start + rows], k_rows[None, key : key + count], None)
             continue
         for tile in range(start, start + rows, TILE):
             until = min(tile + TILE, start + rows)
@@ -141,14 +141,14 @@ def _jobs(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Job]:
     rounded = (torch.ceil(size / grain) * grain).long() * 2 + is_triangle[short]
     for kind in rounded.unique().tolist():
         of_kind = short[rounded == kind]
-        length, triangle = kind // 2, kind % 2
+        length, triangle = int(kind) // 2, int(kind) % 2
         steps = torch.arange(length)
         valid_q, valid_k = steps < n_queries[of_kind, None], steps < n_keys[of_kind, None]  # (S, length)
         at = (first[of_kind, None] + steps).clamp(max=len(begin) - 1)
         queries = q_rows[at].where(valid_q, len(begin))
         keys = k_rows[torch.where(valid_k, first_key[of_kind, None] + steps, first_key[of_kind, None])]
-        seen = (end[at] - k_first[of_kind, None]).where(valid_q, 0)
-        yield Job(queries, keys, None if triangle else _staircase(seen, length, q.dtype))
+        visible = (end[at] - k_first[of_kind, None]).where(valid_q, 0)
+        yield Job(queries, keys, None if triangle else _staircase(visible, length, q.dtype))
 
 
 def _staircase(seen: Tensor, keys: int, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 
 from common.streams import generator
 from common.training import setup
-from sparse_flash_attention.pairs import coverage, reformer_coverage
 from sparse_flash_attention.hashing import lsh_hash, random_buckets
+from sparse_flash_attention.pairs import coverage, reformer_coverage
 from sparse_flash_attention.segments import plan
 
 if TYPE_CHECKING:

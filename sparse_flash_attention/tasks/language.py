@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common import ranks
+from common.checkpoint import load_checkpoint, load_extra, save_checkpoint
 from common.streams import key
 from common.training import Run, setup
 from sparse_flash_attention.gpt import GPTConfig, SparseGPT
@@ -47,9 +48,14 @@ class Losses(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
 
+    @property
+    def members(self) -> list[SparseGPT]:
+        """The models."""
+        return list(self.models)  # type: ignore[arg-type]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token losses, one a model."""
-        pairs = zip(self.models, tokens, strict=True)
+        pairs = zip(self.members, tokens, strict=True)
         return torch.stack([model.loss(x[:, :-1], x[:, 1:]) for model, x in pairs])
 
 
@@ -67,12 +73,12 @@ def evaluate(losses: Losses, windows: Tensor, task: LanguageConfig, run: Run) ->
     """Mean loss of every model over the windows (n, T + 1); buckets are drawn from one fixed seed."""
     losses.eval()
     found = []
-    for model in losses.models:
+    for model in losses.members:
         total = 0.0
-        with model.seeded(EVALUATION_SEED), run.autocast():  # type: ignore[operator]
+        with model.seeded(EVALUATION_SEED), run.autocast():
             for part in windows.split(task.eval_batch_size):
                 x = part.to(run.device)
-                total += float(model.loss(x[:, :-1], x[:, 1:])) * len(x)  # type: ignore[operator]
+                total += float(model.loss(x[:, :-1], x[:, 1:])) * len(x)
         found.append(total / len(windows))
     losses.train()
     return found
@@ -83,9 +89,9 @@ def densities(losses: Losses, windows: Tensor, run: Run) -> list[float]:
     losses.eval()
     ids = windows[:DENSITY_SEQUENCES, :-1].to(run.device)
     found = []
-    for model in losses.models:
-        with model.seeded(EVALUATION_SEED), run.autocast():  # type: ignore[operator]
-            found.append(float(model.densities(ids).mean()))  # type: ignore[operator]
+    for model in losses.members:
+        with model.seeded(EVALUATION_SEED), run.autocast():
+            found.append(float(model.densities(ids).mean()))
     losses.train()
     return found
 
@@ -99,12 +105,14 @@ def _train(
     windows = text.evaluation(task.eval_tokens)
     model = run.distribute(losses)
     draws = [torch.Generator(run.device) for _ in trial.seeds]
-    for generator, one in zip(draws, losses.models, strict=True):
-        for layer in one.attentions:  # type: ignore[union-attr]
+    for generator, one in zip(draws, losses.members, strict=True):
+        for layer in one.attentions:
             layer.generator = generator
     first = load_checkpoint(trial.folder, losses, optimizer) or 0
-    early = [math.nan] * len(trial.seeds)
-    mean, spent, saved = torch.zeros(len(trial.seeds)), 0.0, time.monotonic()
+    kept = load_extra(trial.folder)
+    early = kept.get("early", [math.nan] * len(trial.seeds))
+    mean, spent = torch.tensor(kept.get("mean", [math.nan] * len(trial.seeds))), kept.get("spent", 0.0)
+    saved = time.monotonic()
     mine = slice(run.rank, None, run.world)
     for step in range(first, steps):
         started = time.perf_counter()
@@ -121,7 +129,7 @@ def _train(
                 run.backward(loss.sum())
             total += loss.detach() / task.accumulate
         if c.clip_norm is not None:
-            for one in losses.models:
+            for one in losses.members:
                 nn.utils.clip_grad_norm_(one.parameters(), c.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -139,8 +147,10 @@ def _train(
         trial.progress(done, steps)
         if not torch.isfinite(mean).any():
             break
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save_checkpoint(trial.folder, losses, optimizer, step=done)
+        # every process must write it, or none: their clocks differ
+        if ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
+            extra = {"early": early, "mean": mean.tolist(), "spent": spent}
+            save_checkpoint(trial.folder, losses, optimizer, step=done, extra=extra)
             saved = time.monotonic()
     return mean.tolist(), early, spent / len(trial.seeds)
 
@@ -160,7 +170,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         raise ValueError(f"task.batch_size={task.batch_size}: must be {allowed}")
     text = read(config)
     losses = run_.place(Losses([build(config, seed) for seed in trial.seeds]))
-    groups = [group for one in losses.models for group in one.parameter_groups(config.optimizer.weight_decay)]  # type: ignore[operator]
+    groups = [group for one in losses.members for group in one.parameter_groups(config.optimizer.weight_decay)]
     c = config.optimizer
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
     train_loss, early, seconds = _train(config, trial, run_, text, losses, optimizer)
@@ -176,8 +186,9 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         for i, seed in enumerate(trial.seeds)
     ]
     if config.attention.kind == "drop":
-        for layer in (layer for one in losses.models for layer in one.attentions):  # type: ignore[union-attr]
-            layer.drop_at_eval = True
+        for one in losses.members:
+            for attention in one.attentions:
+                attention.drop_at_eval = True  # type: ignore[assignment]
         for row, loss in zip(rows, evaluate(losses, windows, task, run_), strict=True):
             row["dropping_loss"] = loss
     return rows

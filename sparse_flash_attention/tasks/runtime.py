@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     device = setup(config.threads, config.device, seed=config.seed).device
     task = config.task
     if config.max_steps is not None:
-        task.length = min(task.length, SMALL)
+        task = dataclasses.replace(task, length=min(task.length, SMALL))
     rows = []
     for i, seed in enumerate(trial.seeds):
         shape = (task.batch, task.heads, task.length)

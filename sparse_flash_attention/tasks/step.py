@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     run_ = setup(config.threads, config.device, config.precision, seed=config.seed)
     task, m = config.task, config.model
     if config.max_steps is not None:
-        task.length = min(task.length, SMALL)
+        task = dataclasses.replace(task, length=min(task.length, SMALL))
     if task.length > m.context:
         raise ValueError(f"task.length={task.length}: must be <= model.context={m.context}")
     arms: dict[str, tuple[str, dict[str, Any]]] = {"dense": ("dense", {})}

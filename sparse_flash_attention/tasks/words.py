@@ -1,4 +1,4 @@
-"""Word-level tokens without a tokenizer to download: what program text and prose are made of, the frequent ones kept."""
+"""Word-level tokens without a tokenizer to download: pieces of program text and prose, the frequent ones kept."""
 
 from __future__ import annotations
 
