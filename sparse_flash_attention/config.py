@@ -261,6 +261,22 @@ class ExactnessConfig:
 
 
 @dataclass
+class AheadOfTimeConfig:
+    """Compile the Triton kernels ahead of time and count registers, spills and shared memory."""
+
+    name: str = "aot"
+    head_dims: list[int] = field(default_factory=lambda: [64, 128])
+    """Channels a head (D)."""
+    dtype: str = "bf16"
+    """`fp32`, `bf16` or `fp16`."""
+
+    def __post_init__(self) -> None:
+        dims = self.head_dims
+        check("task.head_dims", dims, bool(dims) and all(16 <= x <= 256 for x in dims), "integers in [16, 256]")
+        check("task.dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+
+
+@dataclass
 class TrialConfig(CommonConfig):
     """One trial: a task, and for language models the data, the network, its attention and the optimizer."""
 
@@ -291,3 +307,4 @@ register("runtime_schema", RuntimeConfig, group="task")
 register("step_schema", StepConfig, group="task")
 register("coverage_schema", CoverageConfig, group="task")
 register("exactness_schema", ExactnessConfig, group="task")
+register("aot_schema", AheadOfTimeConfig, group="task")

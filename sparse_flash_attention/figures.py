@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.figures import INK, bars_with_ci, curve_with_band, new
+from common.figures import INK, bars_with_ci, curve_with_band, heat_map, new
 from common.pairing import rows
 from sparse_flash_attention.judging.samples import names_of
 from sparse_flash_attention.names import name
@@ -179,4 +179,19 @@ def training(records: Records) -> Figure:
     ax.set_xlim(-0.4, 1.4)
     ax.set_ylabel("live share of causal pairs")
     ax.set_ylim(bottom=0)
+    return figure
+
+
+def registers(records: Records) -> Figure:
+    """Registers and shared memory of every kernel on every target."""
+    row = records["aot"].iloc[0]
+    kernels, targets = list(dict.fromkeys(row["kernels"])), list(dict.fromkeys(row["targets"]))
+    figure, axes = new(1, 2, height=0.32 * len(kernels) + 1.6, sharey=True)
+    for ax, column, label in zip(
+        axes, ("registers", "shared_kib"), ("registers a thread", "shared memory (KiB)"), strict=True
+    ):
+        cells = np.full((len(kernels), len(targets)), np.nan)
+        for kernel, target, value in zip(row["kernels"], row["targets"], row[column], strict=True):
+            cells[kernels.index(kernel), targets.index(target)] = value
+        heat_map(ax, cells, kernels, targets, label, fmt=".0f")
     return figure

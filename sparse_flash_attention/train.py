@@ -3,9 +3,8 @@
 from common.cli import trial_cli
 from sparse_flash_attention.config import TrialConfig
 
-TASKS = {
-    name: f"sparse_flash_attention.tasks.{name}" for name in ("language", "runtime", "step", "coverage", "exactness")
-}
+NAMES = ("language", "runtime", "step", "coverage", "exactness", "aot")
+TASKS = {name: f"sparse_flash_attention.tasks.{name}" for name in NAMES}
 
 main = trial_cli(paper="sparse_flash_attention", schema=TrialConfig, entry=lambda config: TASKS[config.task.name])
 

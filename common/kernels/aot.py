@@ -116,8 +116,17 @@ def usage(kernel: Kernel, target: int) -> Usage:
     shared = int(compiled.metadata.shared)
     over = "" if kernel.budget is None else excess(kernel.budget, registers, stores + loads, shared)
     return Usage(
-        *(kernel.name, kernel.size, f"sm_{target}", kernel.warps, kernel.stages),
-        *(registers, stores, loads, shared, kernel.budget is not None, over),
+        kernel=kernel.name,
+        size=kernel.size,
+        target=f"sm_{target}",
+        warps=kernel.warps,
+        stages=kernel.stages,
+        registers=registers,
+        spill_stores=stores,
+        spill_loads=loads,
+        shared=shared,
+        budgeted=kernel.budget is not None,
+        over=over,
     )
 
 
@@ -139,13 +148,8 @@ def assembled(ptx: str) -> tuple[int, int, int]:
         source.write_text(ptx)
         # the flags that Triton itself passes
         command = [ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={architecture[1]}", str(source)]
-        done = subprocess.run(
-            [*command, "-o", str(Path(folder) / "kernel.cubin")],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        command += ["-o", str(Path(folder) / "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     found = [
         re.search(pattern, done.stderr)
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")

@@ -91,11 +91,10 @@ def test_budget(used, words):
 
 def test_signature_that_does_not_fit_is_refused(module):
     kernel = module.KERNELS[0]
+    types = {name: kind for name, kind in kernel.signature.items() if name != "n"}
     with pytest.raises(ValueError, match="product: n: must be"):
-        aot.compile_all(
-            [dataclasses.replace(kernel, signature={"x_ptr": "*fp16", "y_ptr": "*fp16", "out_ptr": "*fp32"})]
-        )
-    with pytest.raises(ValueError, match="product: BLOCK, m: must be|product: m: must be"):
+        aot.compile_all([dataclasses.replace(kernel, signature=types)])
+    with pytest.raises(ValueError, match="product: m: must be"):
         aot.compile_all([dataclasses.replace(kernel, constants={"BLOCK": 32, "m": 1})])
 
 

@@ -27,15 +27,8 @@ def specialised(
 ) -> Kernel:
     """One kernel for contiguous inputs with H = Hk and D = Dv = `head`: strides divisible by 16, the last one 1."""
     function = FUNCTIONS[name]
-    constants = {
-        "D": head,
-        "DV": head,
-        "BLOCK_D": padded(head),
-        "BLOCK_DV": padded(head),
-        "UPCAST": False,
-        "STEP": STEP,
-    }
-    constants |= tile.meta(name) | {"group": 1} | {f"{x}_d": 1 for x in "qkvog"}
+    constants = {"D": head, "DV": head, "BLOCK_D": padded(head), "BLOCK_DV": padded(head), "UPCAST": False}
+    constants |= tile.meta(name) | {"STEP": STEP, "group": 1} | {f"{x}_d": 1 for x in "qkvog"}
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {}
     for argument in function.arg_names:

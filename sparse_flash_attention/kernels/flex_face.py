@@ -62,10 +62,10 @@ def backward(
     if q.device.type == "cpu" and attend is _compiled:
         raise NotImplementedError("backend='flex': flex_attention has no backward on the CPU; use another backend")
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        again, _ = _whole(*leaves, plan, scale)
-    found = torch.autograd.grad(again, leaves, grad)
-    return found[0], found[1], found[2]
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        again, _ = _whole(q, k, v, plan, scale)
+    dq, dk, dv = torch.autograd.grad(again, (q, k, v), grad)
+    return dq, dk, dv
 
 
 def block_mask(plan: Plan, shape: tuple[int, int, int, int]) -> Any:
@@ -80,12 +80,9 @@ def block_mask(plan: Plan, shape: tuple[int, int, int, int]) -> Any:
 
     # ranges of tiles of queries, (B, H, tiles); a row that sees nothing widens none and leaves no block whole
     alive = k_begin < k_end
-    start = _tiles(k_begin.where(alive, k_len), k_len).amin(-1)
-    stop = _tiles(k_end.where(alive, 0), 0).amax(-1)
-    last_begin, first_end = (
-        _tiles(k_begin.where(alive, k_len), 0).amax(-1),
-        _tiles(k_end.where(alive, 0), k_len).amin(-1),
-    )
+    begin, end = k_begin.where(alive, k_len), k_end.where(alive, 0)
+    start, last_begin = _tiles(begin, k_len).amin(-1), _tiles(begin, 0).amax(-1)
+    stop, first_end = _tiles(end, 0).amax(-1), _tiles(end, k_len).amin(-1)
     low = torch.arange(-(-k_len // BLOCK), device=k_begin.device) * BLOCK
     start, stop, last_begin, first_end = (x.unsqueeze(-1) for x in (start, stop, last_begin, first_end))
     needed = (low < stop) & (low + BLOCK > start)  # (B, H, tiles of queries, tiles of keys)

@@ -50,7 +50,7 @@ def candidates(kernel: str, head: int, itemsize: int, capability: int) -> list[T
     return [tile for tile in tiles if tile.since <= capability]
 
 
-DELTA = Tile(32, 0, 4, 1)
+DELTA = Tile(16, 0, 4, 1)
 CANDIDATES: dict[str, dict[str, dict[int, list[Tile]]]] = {
     "half": {
         "forward": {

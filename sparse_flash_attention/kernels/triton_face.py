@@ -40,7 +40,7 @@ def refuses(q: Tensor, v: Tensor) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Tq, Dv) and natural log-sum-exp (B, H, Tq), float32; arguments as in `operator.planned_attention`."""
+    """Output (B, H, Tq, Dv) and natural log-sum-exp (B, H, Tq) in float32; as `operator.planned_attention` says."""
     from sparse_flash_attention.kernels.triton_forward import forward_kernel
 
     batch, heads, q_len, _ = q.shape

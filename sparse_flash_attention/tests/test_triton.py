@@ -11,21 +11,24 @@ from sparse_flash_attention.kernels.tiles import CANDIDATES, candidates, padded
 from sparse_flash_attention.segments import plan
 
 CASES = "sparse_flash_attention/tests/triton_cases.py"
+LIMIT = 1200
 
 
 def run_cases(on):
-    done = interpreted(["-m", "pytest", CASES, "-p", "no:cacheprovider", "-n", "0"], on=on)
+    # compiling for a device takes seconds a case and size
+    done = interpreted(["-m", "pytest", CASES, "-p", "no:cacheprovider", "-n", "0"], on=on, seconds=LIMIT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 60, done.stdout[-500:]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LIMIT + 30)
 def test_kernels_in_the_interpreter():
     run_cases(on=True)
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(LIMIT + 30)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_kernels_on_the_device():
     run_cases(on=False)
