@@ -24,6 +24,7 @@ def sections() -> list[Section]:
         Section("C7 Hash-sparse perplexity", [loss, *curves]),
         Section("C8 Dropped rows", [loss, dropping, *_over_length("drop_0.3", "drop_0.5", "drop_0.7")]),
         Section("C9 Reformer's chunks", [loss]),
+        Section("C10 Kernels for GPUs", [Panel("summary.wall_s", kind="bar", group="config.arm")]),
     ]
 
 

@@ -7,13 +7,10 @@ ARM_NAMES = {
     "none": "no attention",
     "window": "window of equal cost",
     "drop_30": "30 % dropped (D-LM)",
-    "drop_50": "50 % dropped",
     "drop_70": "70 % dropped",
     "reformer": "Reformer's chunks",
     "dense_short": "dense, a quarter of the steps",
-    "dense_official": "dense, released keys",
     "hash_official": "hash, without itself",
-    "drop_official": "30 % dropped, also in evaluation",
 }
 
 

@@ -40,8 +40,8 @@ def better(arm: str, other: str, margin: float = 0.0) -> Test:
     return test
 
 
-def parity(arm: str, metric: str = "test_loss") -> Test:
-    """Test loss of `arm` is less than `MARGIN` above that of dense attention."""
+def parity(arm: str, metric: str = "test_loss", baseline: str = "dense") -> Test:
+    """Test loss of `arm` is less than `MARGIN` above that of the baseline."""
 
     def test(records: Records) -> Outcome:
         frame = records["language"]
@@ -49,8 +49,8 @@ def parity(arm: str, metric: str = "test_loss") -> Test:
             raise ValueError(f"column {metric!r} is not recorded")
         # dense attention drops nothing, so it has one loss only
         frame = frame.assign(judged=frame["test_loss"].where(frame["arm"] == "dense", frame[metric]))
-        dense, own = both(frame, "dense", arm, "judged", mode="min")
-        return noninferior(-own, -dense, MARGIN, unit=UNIT)
+        other, own = both(frame, baseline, arm, "judged", mode="min")
+        return noninferior(-own, -other, MARGIN, unit=UNIT)
 
     return test
 
@@ -157,6 +157,19 @@ CLAIMS = [
         caption="See the figure of C7.",
     ),
     Claim(
+        id="C7.self",
+        title="Hiding a token from itself costs nothing",
+        statement="The released H-LM hides every row from itself, so that the first of a bucket outputs 0; this loses "
+        "nothing.",
+        source="official code; the question is ours",
+        paper_value=UNKNOWN,
+        experiments=("language",),
+        parts={"without itself loses < .03 nats to with itself": parity("hash_official", baseline="hash")},
+        control=raised(("hash_official",), 0.5),
+        figure=figures.losses(("hash", "hash_official", "random")),
+        caption=f"Test loss after as many tokens. {BANDS} Dots: seeds.",
+    ),
+    Claim(
         id="C7.sharpen",
         title="Buckets sharpen as training goes on",
         statement="H-LM gets faster in the course of training, because its buckets become more even.",
@@ -180,7 +193,7 @@ CLAIMS = [
             "70 % is above 30 %": better("drop_30", "drop_70"),
         },
         control=chain(swap_arms("language", "drop_30", "drop_70"), raised(("drop_30",), 0.5)),
-        figure=figures.losses(("dense", "drop_30", "drop_50", "drop_70", "none")),
+        figure=figures.losses(("dense", "drop_30", "drop_70", "none")),
         caption=f"Test loss after as many tokens, nothing dropped in evaluation. {BANDS} Dots: seeds.",
     ),
     Claim(

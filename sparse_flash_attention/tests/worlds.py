@@ -81,8 +81,17 @@ def _language(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return found | ({"dropping_loss": loss + 0.005} if config["attention"]["kind"] == "drop" else {})
 
 
+def _aot(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    kernels, targets = ("forward", "delta", "key", "query"), ("sm_80", "sm_90", "sm_100")
+    dims = config["task"]["head_dims"]
+    names = [f"{k}, {config['task']['dtype']} D={d}" for d in dims for k in kernels for _ in targets]
+    found = {"registers": 200, "spilled": 0, "shared_kib": 99.0}
+    return {"kernels": names, "targets": [*targets] * (len(names) // 3)} | {k: [v] * len(names) for k, v in found.items()}
+
+
 KINDS = {
     "exactness": _exactness, "runtime": _runtime, "step": _step, "coverage": _coverage, "language": _language,
+    "aot": _aot,
 }  # fmt: skip
 
 
