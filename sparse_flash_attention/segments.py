@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -101,6 +102,8 @@ def _buckets(
     shared = k_hash is q_hash and k_keep is q_keep
     dtype = torch.promote_types(q_hash.dtype, k_hash.dtype)
     q_ids, q_order, q_live = _sorted(q_hash.to(dtype), q_keep)
+    if shared and causal:
+        return _own_bucket(q_ids, q_order, q_live, include_self)
     k_ids, k_order, k_live = (q_ids, q_order, q_live) if shared else _sorted(k_hash.to(dtype), k_keep)
     # dropped keys carry the largest id, so a bucket never starts behind them; it may end among them
     begin = torch.searchsorted(k_ids, q_ids)
@@ -114,6 +117,16 @@ def _buckets(
         end = end.minimum(torch.searchsorted(ids, begin * step + q_order, right=include_self))
     dropped = torch.arange(q_ids.shape[1], device=q_ids.device) >= q_live
     return Plan(q_order, k_order, torch.where(dropped, k_live, begin), torch.where(dropped, k_live, end))
+
+
+def _own_bucket(ids: Tensor, order: Tensor, live: Tensor, include_self: bool) -> Plan:
+    """Queries and keys in one order: a row sees from the start of its bucket up to (or short of) itself."""
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    fresh = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    begin = torch.where(fresh, place, 0).cummax(1).values
+    dropped = place >= live
+    end = place + int(include_self)
+    return Plan(order, order, torch.where(dropped, live, begin), torch.where(dropped, live, end))
 
 
 def _partition(rows: int, length: int, keep: Tensor | None, device: torch.device | str) -> tuple[Tensor, Tensor]:

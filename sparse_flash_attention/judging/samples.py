@@ -48,7 +48,7 @@ def times_of(frame: pd.DataFrame, name: str) -> Array:
     """
     found = frame[f"{name}_ms"].to_numpy(dtype=np.float64) if f"{name}_ms" in frame else np.array([np.nan])
     if not np.isfinite(found).all():
-        raise ValueError(f"{name} was not timed at task.length={sorted(frame['task.length'].unique())}")
+        raise ValueError(f"{name} was not timed at task.length={sorted(frame['task.length'].unique().tolist())}")
     return found
 
 

@@ -21,7 +21,9 @@ from sparse_flash_attention.train import main
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 EXPERIMENTS = sorted(path.stem for path in (conf_dir("sparse_flash_attention") / "experiment").glob("*.yaml"))
-OURS_ALONE = {"C6.time", "C7", "C7.content", "C9"}  # read arms that the paper does not have
+OURS_ALONE = {  # claim -> an arm that it reads and the paper does not have
+    "C6.time": "dense_short", "C7": "none", "C7.content": "random", "C7.self": "hash_official", "C9": "reformer",
+}  # fmt: skip
 
 
 def world_of(scale: str) -> FakeRecords:
@@ -83,10 +85,12 @@ def test_what_a_claim_reads_is_there_at_paper_scale(claim: Claim, paper: FakeRec
     assert verdict.verdict == REPRODUCED, (verdict.reason, [(p.label, p.outcome) for p in verdict.parts])
 
 
-@pytest.mark.parametrize("name", sorted(OURS_ALONE))
-def test_a_claim_on_our_own_arms_says_at_paper_scale_which_one_it_lacks(name: str, paper: FakeRecords) -> None:
+@pytest.mark.parametrize(("name", "arm"), OURS_ALONE.items())
+def test_a_claim_on_our_own_arms_says_at_paper_scale_which_one_it_lacks(
+    name: str, arm: str, paper: FakeRecords
+) -> None:
     verdict = judge(BY_ID[name], paper, "paper")
-    assert verdict.verdict == INCONCLUSIVE and "must be one of dense" in verdict.reason
+    assert verdict.verdict == INCONCLUSIVE and f"arm='{arm}'" in verdict.reason
 
 
 def test_claims_of_the_papers_own_scale_wait_for_it(laptop: FakeRecords) -> None:
@@ -123,8 +127,8 @@ def test_without_an_effect_nothing_that_needs_one_is_reproduced(
     world = paper if claim.scale_needed else laptop
     for name in claim.experiments:
         world = changed(world, name, NULL[name])
-    # whether dropping or hashing costs nothing is what these ask, and it costs nothing
-    expected = claim.id in ("C7.paper", "C8.evaluation")
+    # that something costs nothing is what these say, and nothing costs anything
+    expected = claim.id in ("C7.paper", "C7.self", "C8.evaluation")
     assert (judge(claim, world, scale(claim)).verdict == REPRODUCED) == expected
 
 
@@ -194,7 +198,7 @@ BOUNDS: list[tuple[str, str, Change, Change]] = [  # claim, experiment, within t
     ],
     ("C3.square", "runtime", power(1.61), power(1.59)),
     ("C3.square", "runtime", power(2.29), power(2.31)),
-    ("C4", "crossing", crossing_at("keep", 0.44), crossing_at("keep", 0.46)),
+    ("C4", "crossing", crossing_at("keep", 0.46), crossing_at("keep", 0.48)),
     ("C5", "coverage", level("reformer", 0.399, **UNIFORM), level("reformer", 0.401, **UNIFORM)),
     ("C5", "coverage", level("reformer", 0.399, **ANGULAR), level("reformer", 0.401, **ANGULAR)),
     ("C5.control", "coverage", level("reformer", 0.9901, **GROWING), level("reformer", 0.9899, **GROWING)),
@@ -205,6 +209,7 @@ BOUNDS: list[tuple[str, str, Change, Change]] = [  # claim, experiment, within t
     ("C7", "language", beside("hash", "dense", 0.029), beside("hash", "dense", 0.031)),
     ("C7", "language", beside("none", "dense", 0.101), beside("none", "dense", 0.099)),
     ("C7.content", "language", beside("hash", "random", -0.001), beside("hash", "random", 0.001)),
+    ("C7.self", "language", beside("hash_official", "hash", 0.029), beside("hash_official", "hash", 0.031)),
     ("C7.sharpen", "language", late(-0.001), late(0.001)),
     ("C8", "language", beside("drop_30", "dense", 0.029), beside("drop_30", "dense", 0.031)),
     ("C8", "language", beside("drop_70", "drop_30", 0.001), beside("drop_70", "drop_30", -0.001)),
@@ -236,22 +241,19 @@ def test_bounds_are_where_the_claims_say(
         assert verdict.verdict == word, [(p.label, p.outcome) for p in verdict.parts]
 
 
-def ordered(names: list[str], values: list[float], length: int) -> list[Change]:
-    return [gain(name, value, length) for name, value in zip(names, values, strict=True)]
-
-
 COUNTS = ["buckets_2", "buckets_8", "buckets_16", "buckets_32"]
 
 
-@pytest.mark.parametrize("length", [8192, 16384])
-def test_a_trend_over_buckets_that_turns_is_not_reproduced(length: int, laptop: FakeRecords) -> None:
+@pytest.mark.parametrize(("length", "usual"), [(8192, 10.5), (16384, 12.0)])
+def test_a_trend_over_buckets_that_turns_is_not_reproduced(length: int, usual: float, laptop: FakeRecords) -> None:
     claim = BY_ID["C2.trend"]
-    for values, word in (
-        ([2.0, 3.0, 4.0, 5.0], REPRODUCED),
-        ([3.0, 3.01, 2.99, 3.0], INCONCLUSIVE),
-        ([5.0, 4.0, 3.0, 2.0], CONTRADICTED),
+    for factors, word in (
+        ([0.5, 0.8, 1, 1.2], REPRODUCED),
+        ([1, 1.002, 1, 0.999], INCONCLUSIVE),
+        ([1.2, 1.1, 1, 0.8], CONTRADICTED),
     ):
-        assert judge(claim, changed(laptop, "runtime", *ordered(COUNTS, values, length))).verdict == word
+        changes = [gain(name, usual * factor, length) for name, factor in zip(COUNTS, factors, strict=True)]
+        assert judge(claim, changed(laptop, "runtime", *changes)).verdict == word
 
 
 def test_a_trend_over_lengths_that_turns_is_not_reproduced(laptop: FakeRecords) -> None:
