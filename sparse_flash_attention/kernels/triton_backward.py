@@ -156,6 +156,7 @@ def query_kernel(
         scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, BLOCK_K, True, UPCAST,
     )  # fmt: skip
 
+    # a row that sees nothing stays 0 beside rows whose keys hold NaN
     dq = tl.where(alive[:, None], dq * scale, 0.0).to(dq_ptr.dtype.element_ty)
     d = tl.arange(0, BLOCK_D)
     place = n * q_len + rows

@@ -21,9 +21,7 @@ from sparse_flash_attention.train import main
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 EXPERIMENTS = sorted(path.stem for path in (conf_dir("sparse_flash_attention") / "experiment").glob("*.yaml"))
-OURS_ALONE = {  # claim -> an arm that it reads and the paper does not have
-    "C6.time": "dense_short", "C7": "none", "C7.content": "random", "C7.self": "hash_official", "C9": "reformer",
-}  # fmt: skip
+OURS_ALONE = {"C6.time", "C7", "C7.content", "C7.self", "C9"}  # read arms that the paper does not have
 
 
 def world_of(scale: str) -> FakeRecords:
@@ -85,12 +83,10 @@ def test_what_a_claim_reads_is_there_at_paper_scale(claim: Claim, paper: FakeRec
     assert verdict.verdict == REPRODUCED, (verdict.reason, [(p.label, p.outcome) for p in verdict.parts])
 
 
-@pytest.mark.parametrize(("name", "arm"), OURS_ALONE.items())
-def test_a_claim_on_our_own_arms_says_at_paper_scale_which_one_it_lacks(
-    name: str, arm: str, paper: FakeRecords
-) -> None:
+@pytest.mark.parametrize("name", sorted(OURS_ALONE))
+def test_a_claim_on_our_own_arms_says_at_paper_scale_what_it_lacks(name: str, paper: FakeRecords) -> None:
     verdict = judge(BY_ID[name], paper, "paper")
-    assert verdict.verdict == INCONCLUSIVE and f"arm='{arm}'" in verdict.reason
+    assert verdict.verdict == INCONCLUSIVE and "could not be tested" in verdict.reason and "arm=" in verdict.reason
 
 
 def test_claims_of_the_papers_own_scale_wait_for_it(laptop: FakeRecords) -> None:
@@ -249,7 +245,7 @@ def test_a_trend_over_buckets_that_turns_is_not_reproduced(length: int, usual: f
     claim = BY_ID["C2.trend"]
     for factors, word in (
         ([0.5, 0.8, 1, 1.2], REPRODUCED),
-        ([1, 1.002, 1, 0.999], INCONCLUSIVE),
+        ([1.001, 1.003, 1, 1.002], INCONCLUSIVE),
         ([1.2, 1.1, 1, 0.8], CONTRADICTED),
     ):
         changes = [gain(name, usual * factor, length) for name, factor in zip(COUNTS, factors, strict=True)]

@@ -224,6 +224,17 @@ def test_dropped_rows_may_hold_nan(hashed):
         assert torch.equal(one, other)
 
 
+def test_rows_that_see_nothing_stay_zero_beside_nan():
+    q, k, v = tensors(torch.float32, 20)
+    k[:, :, 3] = torch.nan
+    sparsity = {"q_keep": keep(0.5, 20)}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = qk_sparse_attention(*leaves, **sparsity, backend="triton")
+    blind = ~sparsity["q_keep"]
+    assert out.isnan().any() and (out[blind] == 0).all()
+    assert (torch.autograd.grad(out, q, torch.ones_like(out))[0][blind] == 0).all()
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = tensors(torch.float32, 65)
     judge(4 * q, 4 * k, v, q_keep=keep(0.7, 65))
