@@ -28,7 +28,9 @@ def test_later_faces_are_not_asked() -> None:
 
 
 def test_if_all_refuse_every_reason_is_given() -> None:
-    with pytest.raises(ValueError, match=r"no backend serves this call: fast: needs even sizes, got 101; other: .*; plain"):
+    with pytest.raises(
+        ValueError, match=r"no backend serves this call: fast: needs even sizes, got 101; other: .*; plain"
+    ):
         choose(FACES, 101, "")
 
 

@@ -22,6 +22,8 @@ UNKNOWN = "not established"
 BANDS = "Bands: 95 % t interval of the mean over seeds."
 TIMED = "A seed is a repetition with inputs, masks and buckets of its own."
 TIMES = "×"
+LONG = 8192
+"""Length at which speeds and coverage are judged."""
 
 
 def names_of(frame: pd.DataFrame, prefix: str) -> list[str]:

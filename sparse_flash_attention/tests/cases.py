@@ -19,7 +19,11 @@ from torch import Tensor
 from common.kernels import native
 from sparse_flash_attention.attention import hash_sparse_attention, qk_sparse_attention
 
-FACES = ["reference", "torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.compiler("c++"), reason="no compiler"))]
+FACES = [
+    "reference",
+    "torch",
+    pytest.param("cpp", marks=pytest.mark.skipif(not native.compiler("c++"), reason="no compiler")),
+]
 """Triton and flex have their own tests: one needs the interpreter or a GPU, the other torch.compile."""
 FAST = FACES[1:]
 HALF = (torch.bfloat16, torch.float16)
@@ -151,7 +155,9 @@ def check(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
     # float64 is its own yardstick: nothing is more exact
     roundings = torch.finfo(dtype).eps * (1 if dtype is not torch.float64 else 10)
     names = ("out", "dq", "dk", "dv")
-    for name, factor, size, truth, other, mine in zip(names, (2, 3, 3, 3), sizes(case), exact, plain, ours, strict=True):
+    for name, factor, size, truth, other, mine in zip(
+        names, (2, 3, 3, 3), sizes(case), exact, plain, ours, strict=True
+    ):
         assert mine.dtype is dtype and mine.shape == truth.shape, name
         error, allowed = ((x.double() - truth).abs().max().item() for x in (mine, other))
         allowed = factor * allowed + roundings * size

@@ -102,7 +102,11 @@ def test_empty_heads_stand_next_to_full_ones(face: str, dtype: torch.dtype) -> N
     q_keep[0, 0], k_keep[0, 1], q_keep[1, 2], k_keep[1, 2] = False, False, True, True
     q_keep[1, 3] = k_keep[1, 3] = False
     check(case.replace(q_keep=q_keep, k_keep=k_keep), face, dtype)
-    check(case.replace(q_keep=q_keep, k_keep=k_keep, q_hash=ids((2, 4, 130)), k_hash=ids((2, 4, 130), seed=5)), face, dtype)
+    check(
+        case.replace(q_keep=q_keep, k_keep=k_keep, q_hash=ids((2, 4, 130)), k_hash=ids((2, 4, 130), seed=5)),
+        face,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["all kept", "all dropped"])

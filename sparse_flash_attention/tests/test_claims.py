@@ -13,7 +13,7 @@ from common.statistics import Outcome
 from common.sweeps import Planner
 from common.tests.report_fakes import FakeRecords
 from sparse_flash_attention.claims import CLAIMS
-from sparse_flash_attention.judging.kernels import KEEP_FLOORS, crossings, exponents, mix_lengths
+from sparse_flash_attention.judging.speed import KEEP_FLOORS, crossings, exponents, mix_lengths
 from sparse_flash_attention.judging.samples import lengths, speedups
 from sparse_flash_attention.tests import worlds
 from sparse_flash_attention.tests.worlds import Change, beside, changed, gain, level
@@ -285,9 +285,7 @@ def test_one_lost_pair_of_ours_contradicts_the_claim(arm: str, laptop: FakeRecor
 def test_a_diverged_model_counts_as_the_worst(laptop: FakeRecords) -> None:
     frame = laptop["language"]
     lost = (frame["arm"] == "hash") & (frame["seed"] == 12)
-    world = laptop.replace(
-        "language", frame.assign(diverged=lost, test_loss=frame["test_loss"].where(~lost, np.nan))
-    )
+    world = laptop.replace("language", frame.assign(diverged=lost, test_loss=frame["test_loss"].where(~lost, np.nan)))
     verdict = judge(BY_ID["C7"], world)
     assert verdict.verdict == INCONCLUSIVE and verdict.parts[1].outcome.n == 5
     assert verdict.parts[1].outcome.effect < -0.03  # the loss of the worst model stands in
@@ -312,7 +310,9 @@ def test_what_was_not_timed_is_said(laptop: FakeRecords) -> None:
 
 
 def test_exponents_are_slopes() -> None:
-    frame = pd.DataFrame({"task.length": 8192, "seed": [0, 1], **{f"keep_{k:g}_ms": [k**2, 5 * k**1.7] for k in KEEP_FLOORS}})
+    frame = pd.DataFrame(
+        {"task.length": 8192, "seed": [0, 1], **{f"keep_{k:g}_ms": [k**2, 5 * k**1.7] for k in KEEP_FLOORS}}
+    )
     assert exponents(FakeRecords({"runtime": frame})) == pytest.approx([2.0, 1.7])  # type: ignore[arg-type]
 
 

@@ -67,7 +67,9 @@ def test_every_face_is_known_to_both_lists() -> None:
 
 
 def test_what_no_fast_face_serves_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "REFUSALS", {n: (lambda q, v: "no") for n in operator.FACES} | {"reference": REFUSALS["reference"]})
+    monkeypatch.setattr(
+        attention, "REFUSALS", {n: (lambda q, v: "no") for n in operator.FACES} | {"reference": REFUSALS["reference"]}
+    )
     case = qkv(1, 1, 8, 8)
     assert torch.equal(case.attend(case.q, case.k, case.v), case.attend(case.q, case.k, case.v, "reference"))
 

@@ -88,7 +88,8 @@ def test_the_future_does_not_reach_back(face: str, t: int) -> None:
     later = torch.arange(130) > t
     noise = qkv(2, 2, 130, 16, seed=5)
     q, k, v = (
-        torch.where(later[:, None], x, y) for x, y in zip((noise.q, noise.k, noise.v), (case.q, case.k, case.v), strict=True)
+        torch.where(later[:, None], x, y)
+        for x, y in zip((noise.q, noise.k, noise.v), (case.q, case.k, case.v), strict=True)
     )
     found = case.attend(q, k, v, face)
     assert torch.equal(found[:, :, : t + 1], wanted[:, :, : t + 1])
@@ -189,7 +190,9 @@ def test_inputs_are_left_alone(face: str) -> None:
 @given(seed=st.integers(0, 999), length=st.integers(1, 90), buckets=st.integers(1, 20), keep=st.floats(0, 1))
 def test_order_of_batches_and_heads_is_free(face: str, seed: int, length: int, buckets: int, keep: float) -> None:
     rows = (2, 2, length)
-    case = qkv(*rows, 8, seed=seed).replace(q_hash=ids(rows, buckets, seed=seed), k_keep=coins(rows, keep, seed=seed + 1))
+    case = qkv(*rows, 8, seed=seed).replace(
+        q_hash=ids(rows, buckets, seed=seed), k_keep=coins(rows, keep, seed=seed + 1)
+    )
     names = ("q", "k", "v", "q_hash", "k_keep")
     swapped = case.replace(**{name: getattr(case, name).transpose(0, 1) for name in names})
     found = swapped.attend(swapped.q, swapped.k, swapped.v, face).transpose(0, 1)

@@ -56,7 +56,9 @@ def by_hand(case: Case) -> Tensor:
                     and at(case.q_hash, b, h, t, heads) == at(k_hash, b, h, u, heads)
                     and (not case.causal or u < t or (u == t and case.include_self))
                 ]
-                weights = [math.exp(scale * sum(x * y for x, y in zip(q[b][h][t], k[b][g][u], strict=True))) for u in keys]
+                weights = [
+                    math.exp(scale * sum(x * y for x, y in zip(q[b][h][t], k[b][g][u], strict=True))) for u in keys
+                ]
                 for weight, u in zip(weights, keys, strict=True):
                     out[b, h, t] += weight / sum(weights) * torch.tensor(v[b][g][u], dtype=torch.float64)
     return out

@@ -86,7 +86,9 @@ def _aot(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     dims = config["task"]["head_dims"]
     names = [f"{k}, {config['task']['dtype']} D={d}" for d in dims for k in kernels for _ in targets]
     found = {"registers": 200, "spilled": 0, "shared_kib": 99.0}
-    return {"kernels": names, "targets": [*targets] * (len(names) // 3)} | {k: [v] * len(names) for k, v in found.items()}
+    return {"kernels": names, "targets": [*targets] * (len(names) // 3)} | {
+        k: [v] * len(names) for k, v in found.items()
+    }
 
 
 KINDS = {
