@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from operator import index
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,12 @@ from sparse_flash_attention import arguments, operator
 from sparse_flash_attention.reference import masked_attention, visible
 from sparse_flash_attention.segments import plan
 
-REFUSALS = {
-    name: lambda q, v, name=name: operator.face(name).refuses(q, v) for name in ("cpp", "torch", "triton", "flex")
-}
+
+def _refusal(face: str) -> dispatch.Refusal:
+    return lambda q, v: operator.face(face).refuses(q, v)
+
+
+REFUSALS: dict[str, dispatch.Refusal] = {face: _refusal(face) for face in ("cpp", "torch", "triton", "flex")}
 REFUSALS["reference"] = lambda q, v: None
 """Face -> why it cannot serve (q, v); the preferred first. A CPU gets Triton's interpreter only if asked for it."""
 
@@ -108,13 +112,11 @@ def _attention(
     shape = batch, heads, q_len, k_len = arguments.shapes(q, k, v)
     q_keep = arguments.keep("q_keep", q_keep, (batch, heads, q_len), q.device)
     k_keep = arguments.keep("k_keep", _per_query_head(k_keep, k, heads), (batch, heads, k_len), q.device)
-    if q_hash is not None:
+    if q_hash is not None and k_hash is not None:
         shared = k_hash is q_hash
         q_hash = arguments.ids("q_hash", q_hash, (batch, heads, q_len), q.device)
-        k_hash = _per_query_head(k_hash, k, heads)
-        k_hash = (
-            q_hash if shared and q_len == k_len else arguments.ids("k_hash", k_hash, (batch, heads, k_len), q.device)
-        )
+        own = _per_query_head(k_hash, k, heads)
+        k_hash = q_hash if shared and q_len == k_len else arguments.ids("k_hash", own, (batch, heads, k_len), q.device)
     if not include_self and (not causal or q_len != k_len):
         raise ValueError(
             f"include_self=False with causal={causal}, Tq={q_len}, Tk={k_len}: needs causal=True and Tq = Tk"
@@ -152,7 +154,8 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if arguments.autocasting(device) else contextlib.nullcontext()
 
 
-def _per_query_head(x: Tensor | None, k: Tensor, heads: int) -> Tensor | None:
+def _per_query_head(x: Any, k: Tensor, heads: int) -> Any:
     """Grouped queries: what is given a key head is meant for all query heads that read it."""
-    own = isinstance(x, Tensor) and x.ndim >= 2 and 1 < x.shape[-2] == k.shape[1] < heads
-    return x.repeat_interleave(heads // k.shape[1], dim=-2) if own else x
+    if isinstance(x, Tensor) and x.ndim >= 2 and 1 < x.shape[-2] == k.shape[1] < heads:
+        return x.repeat_interleave(heads // k.shape[1], dim=-2)
+    return x

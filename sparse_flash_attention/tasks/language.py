@@ -148,7 +148,7 @@ def _train(
         if not torch.isfinite(mean).any():
             break
         # every process must write it, or none: their clocks differ
-        if ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
+        if done < steps and ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
             extra = {"early": early, "mean": mean.tolist(), "spent": spent}
             save_checkpoint(trial.folder, losses, optimizer, step=done, extra=extra)
             saved = time.monotonic()

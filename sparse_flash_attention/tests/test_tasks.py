@@ -96,7 +96,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("arm", ["dense", "hash", "random", "drop", "reformer"])
-@pytest.mark.parametrize("step", [3, 7, 20])
+@pytest.mark.parametrize("step", [3, 7, 19])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     arm: str, step: int, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +111,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert sound(rest) == sound(whole) and curve(a) == curve(b)
     assert all(0 < row["density_early"] <= 1 for row in rest)
     assert rest[0]["train_s"] > 0
+    assert b._history[20]["train/loss"] == [row["train_loss"] for row in rest]
 
 
 def test_a_checkpoint_is_written_by_all_processes_or_none(
@@ -121,7 +122,7 @@ def test_a_checkpoint_is_written_by_all_processes_or_none(
     monkeypatch.setattr(language, "save_checkpoint", lambda *a, **o: pytest.fail("rank 0 said no"))
     monkeypatch.setattr(language, "CHECKPOINT_SECONDS", -1.0)
     run(tmp_path, small("task.steps=3"))
-    assert asked == [(True, "checkpoint")] * 3
+    assert asked == [(True, "checkpoint")] * 2
 
 
 @pytest.mark.slow
