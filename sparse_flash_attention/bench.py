@@ -8,7 +8,6 @@ kernel's own. Writes `results/sparse_flash_attention/bench-<device>.json`. About
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels import bench
+from common.kernels.device import usable_cores
 from sparse_flash_attention.attention import hash_sparse_attention, qk_sparse_attention
 from sparse_flash_attention.gpt import SparseGPT
 from sparse_flash_attention.hashing import random_buckets, random_keep
@@ -237,15 +237,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("no C++ compiler: nothing to bench but plain PyTorch", file=sys.stderr)
         return 1
     setup = Setup(device, seconds, *((1, 2, torch.float32) if on_cpu else (4, 48, torch.bfloat16)))
-    every = [n for n in (1, 2, 4, 8) if n <= min(os.cpu_count() or 1, 2)] if on_cpu else [1]
     rows: list[bench.Row] = []
-    for threads in every:
-        for case in [setup.dropped(JUDGED, keep) for keep in KEEPS] + [setup.hashed(JUDGED, n) for n in BUCKETS]:
-            rows += attention_rows(setup, case, threads)
-        rows += attention_rows(setup, setup.skewed(JUDGED), threads)
-        for length in LENGTHS:
-            for case in (setup.dropped(length, 0.5), setup.hashed(length, 16)):
-                rows += attention_rows(setup, case, threads)
+    for keep in KEEPS:
+        rows += attention_rows(setup, setup.dropped(JUDGED, keep), 1)
+    for n in BUCKETS:
+        rows += attention_rows(setup, setup.hashed(JUDGED, n), 1)
+    rows += attention_rows(setup, setup.skewed(JUDGED), 1)
+    for length in LENGTHS:
+        rows += attention_rows(setup, setup.dropped(length, 0.5), 1)
+        rows += attention_rows(setup, setup.hashed(length, 16), 1)
+    if on_cpu and usable_cores() > 1:
+        for length in (min(LENGTHS), JUDGED, max(LENGTHS)):
+            rows += attention_rows(setup, setup.dropped(length, 0.5), 2)
+            rows += attention_rows(setup, setup.hashed(length, 16), 2)
     if on_cpu:
         for dtype in (torch.bfloat16, torch.float16):
             rows += attention_rows(setup, setup.dropped(JUDGED, 0.5), 1, dtype)

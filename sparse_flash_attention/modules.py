@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_flash_attention.attention import hash_sparse_attention, qk_sparse_attention
-from sparse_flash_attention.pairs import attention_density, reformer_density
 from sparse_flash_attention.hashing import lsh_hash, lsh_projections, random_buckets, random_keep
+from sparse_flash_attention.pairs import attention_density, reformer_density
 from sparse_flash_attention.reformer import reformer_attention, window_attention
 from sparse_flash_attention.segments import plan
 

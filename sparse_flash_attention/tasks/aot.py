@@ -17,7 +17,8 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         One dict a seed of lists, an entry a kernel and target: `kernels` and `targets`, their names; `registers` a
         thread; `spilled` bytes, stores and loads together; `shared_kib`. The lists are empty without Triton.
     """
-    used = _compile(config.task.head_dims, config.task.dtype) if importlib.util.find_spec("triton") else []
+    dims = config.task.head_dims if config.max_steps is None else config.task.head_dims[:1]
+    used = _compile(dims, config.task.dtype) if importlib.util.find_spec("triton") else []
     found = {
         "kernels": [f"{u.kernel}, {u.size}" for u in used],
         "targets": [u.target for u in used],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ DRAWS = 41  # random stream of buckets and dropped rows
 EVALUATION_SEED = 0
 DENSITY_SEQUENCES = 4
 CHECKPOINT_SECONDS = 120.0
+SMALL = 4096  # tokens to evaluate on where `max_steps` cuts everything short
 
 
 def build(config: TrialConfig, seed: int) -> SparseGPT:
@@ -101,7 +103,6 @@ def _train(
 ) -> tuple[list[float], list[float], float]:
     """The loop; returns last training losses, early densities and seconds of training a model."""
     task, c = config.task, config.optimizer
-    steps = min(task.steps, config.max_steps or task.steps)
     windows = text.evaluation(task.eval_tokens)
     model = run.distribute(losses)
     draws = [torch.Generator(run.device) for _ in trial.seeds]
@@ -114,9 +115,9 @@ def _train(
     mean, spent = torch.tensor(kept.get("mean", [math.nan] * len(trial.seeds))), kept.get("spent", 0.0)
     saved = time.monotonic()
     mine = slice(run.rank, None, run.world)
-    for step in range(first, steps):
+    for step in range(first, task.steps):
         started = time.perf_counter()
-        factor = lr_factor(step, steps, c)
+        factor = lr_factor(step, task.steps, c)
         for group in optimizer.param_groups:
             group["lr"] = c.lr * factor
         for generator, seed in zip(draws, trial.seeds, strict=True):
@@ -135,20 +136,20 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         spent += time.perf_counter() - started
         done = step + 1
-        if done == min(task.early_step, steps):
+        if done == min(task.early_step, task.steps):
             early = densities(losses, windows, run)
             trial.log({"density": early}, step=done)
-        if task.eval_every and done % task.eval_every == 0 and done < steps:
+        if task.eval_every and done % task.eval_every == 0 and done < task.steps:
             trial.log({f"{task.evaluate}/loss": evaluate(losses, windows, task, run)}, step=done)
-        if done % task.log_every and done < steps:
+        if done % task.log_every and done < task.steps:
             continue
         mean = run.mean(total)
         trial.log({"train/loss": mean, "lr": c.lr * factor}, step=done)
-        trial.progress(done, steps)
+        trial.progress(done, task.steps)
         if not torch.isfinite(mean).any():
             break
         # every process must write it, or none: their clocks differ
-        if done < steps and ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
+        if done < task.steps and ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
             extra = {"early": early, "mean": mean.tolist(), "spent": spent}
             save_checkpoint(trial.folder, losses, optimizer, step=done, extra=extra)
             saved = time.monotonic()
@@ -164,6 +165,10 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         training; `dropping_loss` (drop only), the loss with rows dropped in evaluation too.
     """
     task = config.task
+    if config.max_steps is not None:
+        steps, tokens = min(task.steps, config.max_steps), min(task.eval_tokens, SMALL)
+        task = dataclasses.replace(task, steps=steps, eval_tokens=tokens)
+        config = dataclasses.replace(config, task=task)
     run_ = setup(config.threads, config.device, config.precision, task.accumulate, seed=config.seed)
     if task.batch_size % (task.accumulate * run_.world):
         allowed = f"a multiple of task.accumulate={task.accumulate} times {run_.world} processes"
@@ -177,9 +182,7 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     windows = text.evaluation(task.eval_tokens)
     held_out = evaluate(losses, windows, task, run_)
     late = densities(losses, windows, run_)
-    trial.log(
-        {f"{task.evaluate}/loss": held_out, "density": late}, step=min(task.steps, config.max_steps or task.steps)
-    )
+    trial.log({f"{task.evaluate}/loss": held_out, "density": late}, step=task.steps)
     rows = [
         {"seed": seed, "diverged": not math.isfinite(held_out[i]), f"{task.evaluate}_loss": held_out[i]}
         | {"train_loss": train_loss[i], "density_early": early[i], "density_late": late[i], "train_s": seconds}

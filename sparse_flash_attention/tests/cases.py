@@ -19,11 +19,8 @@ from torch import Tensor
 from common.kernels import native
 from sparse_flash_attention.attention import hash_sparse_attention, qk_sparse_attention
 
-FACES = [
-    "reference",
-    "torch",
-    pytest.param("cpp", marks=pytest.mark.skipif(not native.compiler("c++"), reason="no compiler")),
-]
+NEEDS_COMPILER = pytest.mark.skipif(native.compiler("c++") is None, reason="no C++ compiler")
+FACES = ["reference", "torch", pytest.param("cpp", marks=NEEDS_COMPILER)]
 """Triton and flex have their own tests: one needs the interpreter or a GPU, the other torch.compile."""
 FAST = FACES[1:]
 HALF = (torch.bfloat16, torch.float16)
@@ -154,10 +151,8 @@ def check(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
     exact, plain, ours = dense(case, torch.float64), dense(case, dtype), run(case, backend)
     # float64 is its own yardstick: nothing is more exact
     roundings = torch.finfo(dtype).eps * (1 if dtype is not torch.float64 else 10)
-    names = ("out", "dq", "dk", "dv")
-    for name, factor, size, truth, other, mine in zip(
-        names, (2, 3, 3, 3), sizes(case), exact, plain, ours, strict=True
-    ):
+    rules = (("out", 2), ("dq", 3), ("dk", 3), ("dv", 3))
+    for (name, factor), size, truth, other, mine in zip(rules, sizes(case), exact, plain, ours, strict=True):
         assert mine.dtype is dtype and mine.shape == truth.shape, name
         error, allowed = ((x.double() - truth).abs().max().item() for x in (mine, other))
         allowed = factor * allowed + roundings * size

@@ -13,8 +13,8 @@ from common.statistics import Outcome
 from common.sweeps import Planner
 from common.tests.report_fakes import FakeRecords
 from sparse_flash_attention.claims import CLAIMS
-from sparse_flash_attention.judging.speed import KEEP_FLOORS, crossings, exponents, mix_lengths
 from sparse_flash_attention.judging.samples import lengths, speedups
+from sparse_flash_attention.judging.speed import KEEP_FLOORS, crossings, exponents, mix_lengths
 from sparse_flash_attention.tests import worlds
 from sparse_flash_attention.tests.worlds import Change, beside, changed, gain, level
 from sparse_flash_attention.train import main

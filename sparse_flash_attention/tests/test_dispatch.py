@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from common.kernels import native
 from common.kernels.dispatch import forced
-from sparse_flash_attention import attention, operator
+from sparse_flash_attention import operator
 from sparse_flash_attention.attention import REFUSALS
-from sparse_flash_attention.tests.cases import coins, qkv
+from sparse_flash_attention.tests.cases import NEEDS_COMPILER, coins, qkv, run
 
 torch.set_num_threads(1)
-needs_compiler = pytest.mark.skipif(native.compiler("c++") is None, reason="no compiler")
 
 
 @pytest.fixture
@@ -34,7 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@needs_compiler
+@NEEDS_COMPILER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_the_cpu_the_compiled_face_comes_first(ran: list[str], dtype: torch.dtype) -> None:
     case = qkv(1, 1, 8, 8).to(dtype)
@@ -67,9 +65,8 @@ def test_every_face_is_known_to_both_lists() -> None:
 
 
 def test_what_no_fast_face_serves_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        attention, "REFUSALS", {n: (lambda q, v: "no") for n in operator.FACES} | {"reference": REFUSALS["reference"]}
-    )
+    for name in operator.FACES:
+        monkeypatch.setitem(REFUSALS, name, lambda q, v: "no")
     case = qkv(1, 1, 8, 8)
     assert torch.equal(case.attend(case.q, case.k, case.v), case.attend(case.q, case.k, case.v, "reference"))
 
@@ -88,12 +85,10 @@ def test_without_native_code_torch_runs_and_forcing_cpp_says_why() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True, timeout=120)
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_poisoned_memory_does_not_show_through() -> None:
     """Outputs are written in full: what `empty` hands out is filled with NaN first."""
     case = qkv(2, 2, 65, 16).replace(q_keep=coins((2, 2, 65)), k_keep=coins((2, 2, 65), seed=3))
-    from sparse_flash_attention.tests.cases import run
-
     for face in ("cpp", "torch"):
         wanted = run(case, face)
         torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_flash_attention.pairs import reformer_chunk_mask
 from sparse_flash_attention.hashing import lsh_hash, lsh_projections, random_buckets, random_keep
 from sparse_flash_attention.modules import (
     ATTENTIONS,
@@ -18,6 +17,7 @@ from sparse_flash_attention.modules import (
     self_attention,
     unit_rows,
 )
+from sparse_flash_attention.pairs import reformer_chunk_mask
 
 torch.set_num_threads(1)
 F64 = torch.float64

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_flash_attention.attention import hash_sparse_attention
+from sparse_flash_attention.hashing import lsh_hash, random_buckets, random_keep
 from sparse_flash_attention.pairs import (
     attention_density,
     attention_weights,
@@ -17,7 +18,6 @@ from sparse_flash_attention.pairs import (
     reformer_coverage,
     reformer_density,
 )
-from sparse_flash_attention.hashing import lsh_hash, random_buckets, random_keep
 from sparse_flash_attention.reference import visible
 from sparse_flash_attention.reformer import reformer_attention
 from sparse_flash_attention.segments import plan

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_flash_attention.pairs import reformer_chunk_mask
 from sparse_flash_attention.hashing import lsh_hash, random_buckets
+from sparse_flash_attention.pairs import reformer_chunk_mask
 from sparse_flash_attention.reference import masked_attention
 from sparse_flash_attention.reformer import reformer_attention, window_attention
 
