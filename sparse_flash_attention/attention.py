@@ -20,7 +20,7 @@ def _refusal(face: str) -> dispatch.Refusal:
     return lambda q, v: operator.face(face).refuses(q, v)
 
 
-REFUSALS: dict[str, dispatch.Refusal] = {face: _refusal(face) for face in ("cpp", "torch", "triton", "flex")}
+REFUSALS: dict[str, dispatch.Refusal] = {face: _refusal(face) for face in operator.FACES}
 REFUSALS["reference"] = lambda q, v: None
 """Face -> why it cannot serve (q, v); the preferred first. A CPU gets Triton's interpreter only if asked for it."""
 

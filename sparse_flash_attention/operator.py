@@ -7,7 +7,6 @@ not defined (autograd says so); `backend="reference"` of the public functions ha
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,14 +16,28 @@ from torch import Tensor
 
 from sparse_flash_attention.segments import Plan
 
-FACES = {name: f"sparse_flash_attention.kernels.{name}_face" for name in ("cpp", "torch", "triton", "flex")}
-"""Face -> module with `refuses(q, v) -> str | None`, `forward(q, k, v, plan, scale) -> (out, lse)` and
-`backward(grad, q, k, v, out, lse, plan, scale) -> (dq, dk, dv)`; shapes as in `planned_attention`."""
+FACES = ("cpp", "torch", "triton", "flex")
+"""Faces: modules `kernels/<name>_face.py` with `refuses(q, v) -> str | None`, `forward(q, k, v, plan, scale) -> (out,
+lse)` and `backward(grad, q, k, v, out, lse, plan, scale) -> (dq, dk, dv)`; shapes as in `planned_attention`."""
 
 
 def face(name: str) -> ModuleType:
-    """The module of a face, imported on first use (Triton takes a second)."""
-    return importlib.import_module(FACES[name])
+    """The module of a face, imported on first use (Triton takes a second), in words that a reader of imports follows."""
+    if name == "cpp":
+        from sparse_flash_attention.kernels import cpp_face
+
+        return cpp_face
+    if name == "torch":
+        from sparse_flash_attention.kernels import torch_face
+
+        return torch_face
+    if name == "triton":
+        from sparse_flash_attention.kernels import triton_face
+
+        return triton_face
+    from sparse_flash_attention.kernels import flex_face
+
+    return flex_face
 
 
 @torch.library.custom_op("sparse_flash_attention::forward", mutates_args=())
@@ -82,7 +95,7 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float,
         v: (B, Hk, Tk, Dv).
         plan: see `segments.Plan`; N = B * H.
         scale: factor on the scores.
-        backend: a key of `FACES`.
+        backend: one of `FACES`.
 
     Returns:
         The output (B, H, Tq, Dv) in q's dtype, 0 where a query sees nothing, and the natural logarithm of the sum of
