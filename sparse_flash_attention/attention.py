@@ -110,13 +110,15 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     q, k, v = (arguments.autocast(x) for x in (q, k, v))
     shape = batch, heads, q_len, k_len = arguments.shapes(q, k, v)
+    one = q_keep is k_keep and q_len == k_len  # then they are sorted once
     q_keep = arguments.keep("q_keep", q_keep, (batch, heads, q_len), q.device)
-    k_keep = arguments.keep("k_keep", _per_query_head(k_keep, k, heads), (batch, heads, k_len), q.device)
+    kept = _per_query_head(k_keep, k, heads)
+    k_keep = q_keep if one else arguments.keep("k_keep", kept, (batch, heads, k_len), q.device)
     if q_hash is not None and k_hash is not None:
-        shared = k_hash is q_hash
+        one = k_hash is q_hash and q_len == k_len
         q_hash = arguments.ids("q_hash", q_hash, (batch, heads, q_len), q.device)
         own = _per_query_head(k_hash, k, heads)
-        k_hash = q_hash if shared and q_len == k_len else arguments.ids("k_hash", own, (batch, heads, k_len), q.device)
+        k_hash = q_hash if one else arguments.ids("k_hash", own, (batch, heads, k_len), q.device)
     if not include_self and (not causal or q_len != k_len):
         raise ValueError(
             f"include_self=False with causal={causal}, Tq={q_len}, Tk={k_len}: needs causal=True and Tq = Tk"

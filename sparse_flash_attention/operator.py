@@ -22,7 +22,7 @@ lse)` and `backward(grad, q, k, v, out, lse, plan, scale) -> (dq, dk, dv)`; shap
 
 
 def face(name: str) -> ModuleType:
-    """The module of a face, imported on first use (Triton takes a second), in words that a reader of imports follows."""
+    """The module of a face, imported on first use (Triton takes a second)."""
     if name == "cpp":
         from sparse_flash_attention.kernels import cpp_face
 

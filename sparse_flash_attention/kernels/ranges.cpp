@@ -283,6 +283,8 @@ struct Forward {
             float *row = o + m * v_wide;
             if (alive)
                 for (int64_t x = 0; x < v_wide; x += LANES) store(row + x, load(row + x) / total[m]);
+            else
+                memset(row, 0, v_wide * sizeof(float)); // 0 times a NaN that others in the tile see is no 0
             write_row(c.out, c.type, place * c.v_dim, c.v_dim, row);
             c.lse[place] = alive ? (highest[m] + log2f(total[m])) * LN2 : INFINITY;
         }
@@ -369,7 +371,10 @@ struct Backward {
         }
         for (int64_t m = 0; m < rows; m++) {
             float *row = dq + m * wide;
-            for (int64_t x = 0; x < wide; x += LANES) store(row + x, load(row + x) * (c.scale * LOG2E));
+            if (begins[m] < ends[m])
+                for (int64_t x = 0; x < wide; x += LANES) store(row + x, load(row + x) * (c.scale * LOG2E));
+            else
+                memset(row, 0, wide * sizeof(float));
             write_row(to.dq, c.type, (n * c.q_len + c.q_order[i + m]) * c.dim, c.dim, row);
         }
     }

@@ -52,10 +52,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
         )
         out[job.queries] = made[:, 0]
         lse[job.queries] = level[:, 0].to(lse.dtype)
-    stranded = torch.empty_like(plan.q_order, dtype=torch.bool).scatter_(
-        1, plan.q_order.long(), plan.k_begin >= plan.k_end
-    )
-    lse = lse[:-1].masked_fill_(stranded.view(-1), torch.inf).view(q.shape[:3])
+    lse = lse[:-1].view(q.shape[:3])
     return out[:-1, : v.shape[3]].view(*q.shape[:3], -1).contiguous(), lse
 
 
@@ -107,6 +104,7 @@ def _jobs(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Job]:
     q_rows = (plan.q_order + n[:, None] * q_len).view(-1)
     k_rows = (plan.k_order + (n // heads * kv_heads + n % heads // (heads // kv_heads))[:, None] * k_len).view(-1)
     begin, end = plan.k_begin.view(-1).long(), plan.k_end.view(-1).long()
+    q_rows = q_rows.where(begin < end, len(begin))  # what sees nothing stays out, whatever it holds
 
     # a bucket: neighbours that start with the same key; what sees nothing at the end of a head starts behind all keys
     place = torch.arange(len(begin))
