@@ -292,7 +292,7 @@ def test_one_lost_pair_of_ours_contradicts_the_claim(arm: str, laptop: FakeRecor
 
 def test_a_diverged_model_counts_as_the_worst(laptop: FakeRecords) -> None:
     frame = laptop["language"]
-    lost = (frame["arm"] == "hash") & (frame["seed"] == 12)
+    lost = (frame["arm"] == "hash") & (frame["seed"] == frame["seed"].min() + 2)
     world = laptop.replace("language", frame.assign(diverged=lost, test_loss=frame["test_loss"].where(~lost, np.nan)))
     verdict = judge(BY_ID["C7"], world)
     assert verdict.verdict == INCONCLUSIVE and verdict.parts[1].outcome.n == 5
@@ -304,7 +304,8 @@ def test_dropping_in_evaluation_is_not_judged_by_another_loss(laptop: FakeRecord
     verdict = judge(BY_ID["C8.evaluation"], world)
     assert verdict.verdict == INCONCLUSIVE and "dropping_loss" in verdict.reason
     frame = laptop["language"]
-    lost = laptop.replace("language", frame.assign(dropping_loss=frame["dropping_loss"].where(frame["seed"] != 11)))
+    first = frame["seed"].min()
+    lost = laptop.replace("language", frame.assign(dropping_loss=frame["dropping_loss"].where(frame["seed"] != first)))
     assert judge(BY_ID["C8.evaluation"], lost).verdict != REPRODUCED
 
 

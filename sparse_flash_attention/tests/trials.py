@@ -15,7 +15,8 @@ from sparse_flash_attention.train import TASKS
 SMALL = [
     "model.vocab=40", "model.d_model=32", "model.n_layer=2", "model.n_head=4", "model.context=32", "task.steps=20",
     "task.batch_size=4", "task.eval_tokens=512", "task.eval_batch_size=5", "task.log_every=1", "task.early_step=5",
-    "attention.n_buckets=4", "optimizer.lr=0.01", "optimizer.warmup=0.05", "device=cpu", "threads=1", "tracking.mode=disabled",
+    "attention.n_buckets=4", "optimizer.lr=0.01", "optimizer.warmup=0.05", "device=cpu", "threads=1",
+    "tracking.mode=disabled",
 ]  # fmt: skip
 
 
