@@ -5,7 +5,7 @@ ARM_NAMES = {
     "hash": "hash (H-LM)",
     "random": "random buckets",
     "none": "no attention",
-    "window": "window of equal cost",
+    "window": "window of 32 tokens",
     "drop_30": "30 % dropped (D-LM)",
     "drop_70": "70 % dropped",
     "reformer": "Reformer's chunks",

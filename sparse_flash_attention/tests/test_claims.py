@@ -8,35 +8,26 @@ import pandas as pd
 import pytest
 
 from common.claims import CONTRADICTED, INCONCLUSIVE, NOT_TESTABLE, REPRODUCED, Claim, judge
-from common.compose import conf_dir
 from common.statistics import Outcome
-from common.sweeps import Planner
 from common.tests.report_fakes import FakeRecords
 from sparse_flash_attention.claims import CLAIMS
 from sparse_flash_attention.judging.samples import lengths, speedups
 from sparse_flash_attention.judging.speed import KEEP_FLOORS, crossings, exponents, mix_lengths
 from sparse_flash_attention.tests import worlds
 from sparse_flash_attention.tests.worlds import Change, beside, changed, gain, level
-from sparse_flash_attention.train import main
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
-EXPERIMENTS = sorted(path.stem for path in (conf_dir("sparse_flash_attention") / "experiment").glob("*.yaml"))
 OURS_ALONE = {"C6.time", "C7", "C7.content", "C7.self", "C9"}  # read arms that the paper does not have
-
-
-def world_of(scale: str) -> FakeRecords:
-    planner = Planner(main, None, scale)
-    return worlds.records({e: planner.plan(e) for e in EXPERIMENTS})
 
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    return world_of("laptop")
+    return worlds.records(worlds.plans("laptop"))
 
 
 @pytest.fixture(scope="module")
 def paper() -> FakeRecords:
-    return world_of("paper")
+    return worlds.records(worlds.plans("paper"))
 
 
 def scale(claim: Claim) -> str:
@@ -97,7 +88,9 @@ def test_claims_of_the_papers_own_scale_wait_for_it(laptop: FakeRecords) -> None
 def test_claims_are_numbered_and_ordered() -> None:
     stems = [claim.id.split(".")[0] for claim in CLAIMS]
     assert list(dict.fromkeys(stems)) == [f"C{i}" for i in range(1, 11)] and len(BY_ID) == len(CLAIMS)
-    assert {e for claim in CLAIMS for e in claim.experiments} == {e for e in EXPERIMENTS if not e.endswith("_tune")}
+    assert {e for claim in CLAIMS for e in claim.experiments} == {
+        e for e in worlds.plans("laptop") if e != "language_tune"
+    }
 
 
 def test_every_floor_of_c3_is_named_by_its_part() -> None:
@@ -341,6 +334,7 @@ def crossed(gains: list[float]) -> float:
         ([0.5, 0.5, 4, 5], 0.4 + 0.2 / 3),
         ([2, 0.5, 2, 4], 0.5),  # from which on it stays faster
         ([0.5, 1, 2, 4], 0.4),
+        ([1, 1, 1, 1], 1.0),  # as fast is not faster
     ],
 )
 def test_where_a_contender_overtakes_dense_attention(gains: list[float], where: float) -> None:

@@ -29,6 +29,7 @@ from sparse_flash_attention.config import (
 from sparse_flash_attention.gpt import GPTConfig, SparseGPT
 from sparse_flash_attention.names import name
 from sparse_flash_attention.tasks.timing import DTYPES
+from sparse_flash_attention.tests import worlds
 from sparse_flash_attention.train import TASKS, main
 
 CONF = conf_dir("sparse_flash_attention")
@@ -42,8 +43,8 @@ def laptop() -> Planner:
 
 
 @pytest.fixture(scope="module")
-def plans(laptop: Planner) -> dict[str, list[Job]]:
-    return {e: laptop.plan(e) for e in EXPERIMENTS}
+def plans() -> dict[str, list[Job]]:
+    return worlds.plans("laptop")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -80,7 +81,7 @@ def test_settings_are_chosen_by_low_seeds_on_validation_text_and_judged_by_fresh
             if "select" in entry:
                 assert entry["select"]["experiment"] in TUNING and entry["task.evaluate"] == "test"
                 assert (entry["select"]["metric"], entry["select"]["mode"]) == ("validation_loss", "min")
-    for job in laptop.plan("language_tune"):
+    for job in worlds.plans("laptop")["language_tune"]:
         assert job.config["task"]["evaluate"] == "validation"
 
 

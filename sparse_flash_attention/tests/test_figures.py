@@ -7,31 +7,21 @@ import pytest
 from matplotlib.axes import Axes
 
 from common.claims import Claim
-from common.compose import conf_dir
-from common.sweeps import Planner
 from common.tests.report_fakes import FakeRecords
 from sparse_flash_attention import dashboard, figures
 from sparse_flash_attention.claims import CLAIMS
 from sparse_flash_attention.names import ARM_NAMES, name
 from sparse_flash_attention.tests import worlds
-from sparse_flash_attention.train import main
-
-EXPERIMENTS = sorted(path.stem for path in (conf_dir("sparse_flash_attention") / "experiment").glob("*.yaml"))
-
-
-def world_of(scale: str) -> FakeRecords:
-    planner = Planner(main, None, scale)
-    return worlds.records({e: planner.plan(e) for e in EXPERIMENTS})
 
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    return world_of("laptop")
+    return worlds.records(worlds.plans("laptop"))
 
 
 @pytest.fixture(scope="module")
-def larger() -> dict[str, FakeRecords]:
-    return {scale: world_of(scale) for scale in ("gpu", "paper")}
+def paper() -> FakeRecords:
+    return worlds.records(worlds.plans("paper"))
 
 
 DRAWN = [claim for claim in CLAIMS if claim.figure]
@@ -46,11 +36,9 @@ def check(figure: object) -> None:
 
 
 @pytest.mark.parametrize("claim", DRAWN, ids=lambda c: c.id)
-def test_figures_are_drawn_and_say_what_their_axes_are(
-    claim: Claim, laptop: FakeRecords, larger: dict[str, FakeRecords]
-) -> None:
+def test_figures_are_drawn_and_say_what_their_axes_are(claim: Claim, laptop: FakeRecords, paper: FakeRecords) -> None:
     assert claim.figure is not None and claim.caption
-    for world in (laptop, *larger.values()):
+    for world in (laptop, paper):
         check(claim.figure(world))  # type: ignore[arg-type]
 
 

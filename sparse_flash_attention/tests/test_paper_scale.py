@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from common.data import hub, tokens
-from common.sweeps import Planner
 from sparse_flash_attention.tasks.language import build, lr_factor
 from sparse_flash_attention.tasks.text import read
+from sparse_flash_attention.tests import worlds
 from sparse_flash_attention.tests.trials import config, documents, run, text_folder
-from sparse_flash_attention.train import main
 
 PARAMETERS = {8192: 122_800_896, 16384: 129_092_352}
 SIZES = [
@@ -27,8 +26,7 @@ SMALL = [*SIZES, "task.batch_size=4", "task.accumulate=2", "max_steps=3", "task.
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, list[dict[str, Any]]]:
-    planner = Planner(main, None, "paper")
-    return {e: [job.config for job in planner.plan(e)] for e in planner.composer.experiments()}
+    return {e: [job.config for job in jobs] for e, jobs in worlds.plans("paper").items()}
 
 
 def test_every_experiment_has_a_paper_grid(plans: dict[str, list[dict[str, Any]]]) -> None:

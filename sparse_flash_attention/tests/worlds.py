@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -11,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from common.records import flatten
-from common.sweeps import Job
+from common.sweeps import Job, Planner
 from common.tests.report_fakes import FakeRecords
+from sparse_flash_attention.train import main
 
 LOSSES = {
     "dense": 2.9, "hash": 2.91, "random": 3.1, "drop_30": 2.91, "drop_50": 2.95, "drop_70": 3.0, "reformer": 3.0,
@@ -108,6 +110,13 @@ def records(plans: Mapping[str, list[Job]]) -> FakeRecords:
             found += [base | right(job.config, seed) for seed in seeds]
         frames[experiment] = pd.DataFrame(found)
     return FakeRecords(frames)
+
+
+@functools.cache
+def plans(scale: str) -> dict[str, list[Job]]:
+    """All trials of a scale by experiment, planned once a process: composing takes seconds."""
+    planner = Planner(main, None, scale)
+    return {experiment: planner.plan(experiment) for experiment in planner.composer.experiments()}
 
 
 Change = Callable[[pd.DataFrame], pd.DataFrame]
