@@ -16,7 +16,7 @@ from common.training import setup
 from sparse_flash_attention.attention import hash_sparse_attention, qk_sparse_attention
 from sparse_flash_attention.hashing import random_buckets, random_keep
 from sparse_flash_attention.naive import naive_qk_sparse_attention
-from sparse_flash_attention.tasks.timing import DTYPES, fastest, training_pass
+from sparse_flash_attention.tasks.timing import DTYPES, Measurements, fastest, training_pass
 
 if TYPE_CHECKING:
     from common.trials import Trial
@@ -40,22 +40,28 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     task = config.task
     if config.max_steps is not None:
         task = dataclasses.replace(task, length=min(task.length, SMALL))
-    rows = []
+    measurements = Measurements(trial, device)
+    rows: list[dict[str, Any]] = []
     for i, seed in enumerate(trial.seeds):
-        shape = (task.batch, task.heads, task.length)
-        rng = generator(seed, INPUTS)
-        inputs = tuple(
-            torch.randn(*shape, task.head_dim, generator=rng).to(device, DTYPES[task.dtype]).requires_grad_()
-            for _ in range(3)
-        )
-        row: dict[str, Any] = {"seed": seed}
-        attentions = _attentions(task, seed, device, row)
-        calls = {name: training_pass(attention, inputs) for name, attention in attentions.items()}
-        if i == 0:  # a kernel's first call may compile it
-            fastest(calls, 1, device)
-        rows.append(row | {f"{name}_ms": ms for name, ms in fastest(calls, task.rounds, device).items()})
+        rows.append(measurements.row(seed, partial(_measure, task, seed, device)))
         trial.progress(i + 1, len(trial.seeds))
     return rows
+
+
+def _measure(task: RuntimeConfig, seed: int, device: torch.device, warm: bool) -> dict[str, Any]:
+    """One repetition; a cold process runs every contender once before."""
+    shape = (task.batch, task.heads, task.length)
+    rng = generator(seed, INPUTS)
+    inputs = tuple(
+        torch.randn(*shape, task.head_dim, generator=rng).to(device, DTYPES[task.dtype]).requires_grad_()
+        for _ in range(3)
+    )
+    row: dict[str, Any] = {}
+    attentions = _attentions(task, seed, device, row)
+    calls = {name: training_pass(attention, inputs) for name, attention in attentions.items()}
+    if not warm:
+        fastest(calls, 1, device)
+    return row | {f"{name}_ms": ms for name, ms in fastest(calls, task.rounds, device).items()}
 
 
 def _attentions(task: RuntimeConfig, seed: int, device: torch.device, row: dict[str, Any]) -> dict[str, Attention]:

@@ -11,7 +11,7 @@ import torch
 from common.streams import generator, key
 from common.training import Run, setup
 from sparse_flash_attention.gpt import GPTConfig, SparseGPT
-from sparse_flash_attention.tasks.timing import fastest
+from sparse_flash_attention.tasks.timing import Measurements, fastest
 
 if TYPE_CHECKING:
     from common.trials import Trial
@@ -37,18 +37,23 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     arms: dict[str, tuple[str, dict[str, Any]]] = {"dense": ("dense", {})}
     arms |= {f"hash_{n}": ("hash", {"n_buckets": n}) for n in task.buckets}
     arms |= {f"drop_{s:g}": ("drop", {"drop_prob": s}) for s in task.drops}
-    rows = []
+    measurements = Measurements(trial, run_.device)
+    rows: list[dict[str, Any]] = []
     for i, seed in enumerate(trial.seeds):
-        ids = torch.randint(m.vocab, (task.batch_size, task.length + 1), generator=generator(seed, TOKENS))
-        ids = ids.to(run_.device)
-        calls = {}
-        for name, (kind, options) in arms.items():
-            sizes = GPTConfig(m.vocab, m.d_model, m.n_layer, m.n_head, m.context, kind, options=options)
-            calls[name] = _step(run_.place(SparseGPT(sizes, seed=seed)), ids, run_)
-        if i == 0:  # a kernel's first call may compile it
-            fastest(calls, 1, run_.device)
-        torch.manual_seed(key(seed, DRAWS))
-        rows.append({"seed": seed} | {f"{name}_ms": ms for name, ms in fastest(calls, 1, run_.device).items()})
+
+        def measure(warm: bool, seed: int = seed) -> dict[str, Any]:
+            ids = torch.randint(m.vocab, (task.batch_size, task.length + 1), generator=generator(seed, TOKENS))
+            ids = ids.to(run_.device)
+            calls = {}
+            for name, (kind, options) in arms.items():
+                sizes = GPTConfig(m.vocab, m.d_model, m.n_layer, m.n_head, m.context, kind, options=options)
+                calls[name] = _step(run_.place(SparseGPT(sizes, seed=seed)), ids, run_)
+            if not warm:
+                fastest(calls, 1, run_.device)
+            torch.manual_seed(key(seed, DRAWS))
+            return {f"{name}_ms": ms for name, ms in fastest(calls, 1, run_.device).items()}
+
+        rows.append(measurements.row(seed, measure))
         trial.progress(i + 1, len(trial.seeds))
     return rows
 

@@ -262,7 +262,10 @@ def test_a_trend_over_lengths_that_turns_is_not_reproduced(laptop: FakeRecords) 
 
     test = BY_ID["C2.trend"].parts["grows with the length, 16 buckets"]
     rising = [4.0 + i for i in range(len(found))]
-    assert test(world(rising)).p < 0.05  # type: ignore[arg-type]
+    outcome = test(world(rising))  # type: ignore[arg-type]
+    frame = laptop["runtime"]
+    complete = frame[frame["buckets_16_ms"].notna()].groupby("seed")["task.length"].nunique() == len(found)
+    assert outcome.p < 0.05 and outcome.n == complete.sum() < len(complete)  # the others lack the longest
     assert test(world(rising[::-1])).p_opposite < 0.05  # type: ignore[arg-type]
     flat = test(world([4.0] * len(found)))  # type: ignore[arg-type]
     assert flat.p > 0.05 and flat.p_opposite > 0.05

@@ -25,6 +25,7 @@ def test_every_experiment_ends_in_a_report(tmp_path: Path) -> None:
     assert {claim.id for claim in CLAIMS} <= {row["id"] for row in report["claims"]}
     waiting = {row["id"] for row in report["claims"] if row["verdict"] == "not testable at this scale"}
     assert waiting == {claim.id for claim in CLAIMS if claim.scale_needed == "paper"}
+    assert all("could not be tested" not in row["reason"] for row in report["claims"])
     drawn = {path.stem for path in (folder / "figures").glob("*.png")}
     assert {claim.id for claim in CLAIMS if claim.figure} <= drawn
     assert (folder / "report.html").stat().st_size > 100_000
