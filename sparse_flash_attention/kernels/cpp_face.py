@@ -19,19 +19,21 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 1024
 
 
+_CALL = (ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p)
+SOURCE = Path(__file__).with_name("ranges.cpp")
+FUNCTIONS: dict[str, Sequence[Any]] = {
+    "attention_forward": _CALL,
+    "attention_backward": _CALL,
+    "attention_scratch": (ctypes.c_void_p, ctypes.c_void_p),
+    "attention_products": (ctypes.c_void_p, ctypes.c_void_p),
+    "attention_lanes": (ctypes.c_void_p,),
+}
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None without a compiler (after one warning)."""
-    call = [ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p]
-    two = [ctypes.c_void_p, ctypes.c_void_p]
-    functions: dict[str, Sequence[Any]] = {
-        "attention_forward": call,
-        "attention_backward": call,
-        "attention_scratch": two,
-        "attention_products": two,
-        "attention_lanes": two[:1],
-    }
-    return load(Path(__file__).with_name("ranges.cpp"), functions)
+    return load(SOURCE, FUNCTIONS)
 
 
 def refuses(q: Tensor, v: Tensor) -> str | None:
