@@ -193,5 +193,5 @@ def registers(records: Records) -> Figure:
         cells = np.full((len(kernels), len(targets)), np.nan)
         for kernel, target, value in zip(row["kernels"], row["targets"], row[column], strict=True):
             cells[kernels.index(kernel), targets.index(target)] = value
-        heat_map(ax, cells, kernels, targets, label, xlabel="target", fmt=".0f")
+        heat_map(ax, cells, kernels, [t.removeprefix("sm_") for t in targets], label, xlabel="target sm_…", fmt=".0f")
     return figure
