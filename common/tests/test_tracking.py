@@ -102,7 +102,7 @@ def test_run_costs_little(tmp_path):
                 tracker.log({"loss": 1.0, "accuracy": [0.1, 0.2]}, step)
         seconds.append(time.perf_counter() - start)
     # the first run of a process starts W&B's service; the others are what a trial pays
-    assert min(seconds[1:]) < 0.2
+    assert min(seconds[1:]) < 2  # it takes hundredths; waiting for anything would take seconds
     assert len(folders(tmp_path)) == 4
 
 
