@@ -53,7 +53,9 @@ def both(
 ) -> tuple[Array, Array]:
     """`paired` over the seeds that both arms have; one that only one arm has is left out."""
     common = set(frame["seed"][frame["arm"] == arm_a]) & set(frame["seed"][frame["arm"] == arm_b])
-    return paired(frame[frame["seed"].isin(common)], arm_a, arm_b, metric, mode=mode, worst=worst)
+    # without a common seed `paired` says what is missing
+    shared = frame[frame["seed"].isin(common)] if common else frame
+    return paired(shared, arm_a, arm_b, metric, mode=mode, worst=worst)
 
 
 def rows(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:

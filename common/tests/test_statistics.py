@@ -323,3 +323,11 @@ def test_rows_of_given_values_and_seeds_that_both_arms_have():
         rows(frame, optimizer__wd=1)
     a, b = both(frame, "a", "b", "loss")
     assert (a.tolist(), b.tolist()) == ([2.0], [3.0])
+
+
+def test_arms_without_a_common_seed_are_named():
+    frame = pd.DataFrame({"arm": ["a", "b"], "seed": [1, 2], "loss": [0.1, 0.2]})
+    with pytest.raises(ValueError, match=r"seeds \[1, 2\] are in only one of 'a' and 'b'"):
+        both(frame, "a", "b", "loss")
+    with pytest.raises(ValueError, match="arm='c': must be one of a, b"):
+        both(frame, "a", "c", "loss")
