@@ -7,7 +7,6 @@ not defined (autograd says so); `backend="reference"` of the public functions ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -83,7 +82,6 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
-planned: Callable[..., tuple[Tensor, Tensor]] = _forward
 
 
 def planned_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: str) -> tuple[Tensor, Tensor]:

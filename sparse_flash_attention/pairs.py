@@ -7,9 +7,6 @@ same, from what the ranges (or the outputs) contain and not from how they were m
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -86,20 +83,6 @@ def coverage(
     return _share(found, due).view(shape[:2])
 
 
-def attention_weights(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
-    """Weights that an attention really gives, read off its output for one-hot values; of order T^2, for small T.
-
-    Args:
-        attention: a function of (q, k, v).
-        q: (B, H, Tq, D).
-        k: (B, Hk, Tk, D).
-
-    Returns:
-        (B, H, Tq, Tk).
-    """
-    return attention(q, k, torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1))
-
-
 def reformer_chunk_mask(hashes: Tensor, chunk: int, *, causal: bool = True, include_self: bool = True) -> Tensor:
     """Pairs that Reformer's chunked attention computes, as a dense mask; of order T^2, for small T.
 
@@ -156,30 +139,6 @@ def reformer_density(hashes: Tensor, chunk: int, *, include_self: bool = True) -
     length = hashes.shape[-1]
     covered, _ = _reformer_pairs(hashes, chunk, include_self)
     return covered.double() / max(length * (length + 1) // 2, 1)
-
-
-def matching_window(length: int, density: float) -> int:
-    """Sliding window (>= 1) whose number of causal pairs comes nearest to a density: the equal-cost control.
-
-    Args:
-        length: T >= 1.
-        density: share of the T (T + 1) / 2 causal pairs, in [0, 1].
-
-    Raises:
-        ValueError: density outside [0, 1], or length below 1.
-    """
-    if length < 1:
-        raise ValueError(f"length={length}: must be >= 1")
-    if not 0 <= density <= 1:
-        raise ValueError(f"density={density}: must be in [0, 1]")
-    wanted = density * length * (length + 1) / 2
-
-    def pairs(window: int) -> int:  # w a row, less what the first rows lack
-        return window * length - window * (window - 1) // 2
-
-    root = length + 0.5 - math.sqrt(max((length + 0.5) ** 2 - 2 * wanted, 0))
-    around = {min(max(math.floor(root) + step, 1), length) for step in (0, 1)}
-    return min(sorted(around), key=lambda window: abs(pairs(window) - wanted))
 
 
 def _reformer_pairs(hashes: Tensor, chunk: int, include_self: bool) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 MOST_LINES = 15  # of a Python block: the method in someone's own code
 
@@ -58,3 +60,36 @@ def check_make_targets(paths: Iterable[Path]) -> None:
     for path in paths:
         for named in re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(), flags=re.M):
             assert named in targets or f"{named.split('-')[0]}-%" in targets, f"{path}: make {named}"
+
+
+class ReadmeTests:
+    """What a paper's README says works: `class TestReadme(docs.ReadmeTests): paper = "<paper>"` in its tests."""
+
+    paper: str
+
+    @property
+    def readme(self) -> Path:
+        """The paper's README."""
+        return ROOT / self.paper / "README.md"
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test a command that this README or the root's shows for the paper."""
+        if "command" in metafunc.fixturenames:
+            metafunc.parametrize("command", commands([self.readme, ROOT / "README.md"], self.paper))
+
+    def test_python_blocks_run(self) -> None:
+        run_python(self.readme)
+
+    def test_there_is_a_trial_and_a_sweep_to_type(self) -> None:
+        found = commands([self.readme], self.paper)
+        assert any(" -m" in command.removeprefix("python -m") for command in found)
+        assert any("experiment=" not in command for command in found)
+
+    def test_commands_run(self, command: str, tmp_path: Path) -> None:
+        run_command(command, tmp_path)
+
+    def test_local_links_lead_somewhere(self) -> None:
+        check_links([self.readme])
+
+    def test_every_make_target_named_in_the_readme_exists(self) -> None:
+        check_make_targets([self.readme])

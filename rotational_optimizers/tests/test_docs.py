@@ -1,29 +1,18 @@
-"""What the READMEs say works: their Python blocks run, their commands run (at smoke scale)."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
+"""What the READMEs say works, the house's own among them: Python blocks run, commands run (at smoke scale)."""
 
 from common.tests import docs
 
-READMES = {"root": docs.ROOT / "README.md", "paper": docs.ROOT / "rotational_optimizers" / "README.md"}
+ROOT_README = docs.ROOT / "README.md"
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_python_blocks_run(name: str) -> None:
-    docs.run_python(READMES[name])
+class TestReadme(docs.ReadmeTests):
+    paper = "rotational_optimizers"
 
 
-@pytest.mark.parametrize("command", docs.commands(READMES.values(), "rotational_optimizers"))
-def test_commands_run(command: str, tmp_path: Path) -> None:
-    docs.run_command(command, tmp_path)
+def test_python_blocks_of_the_root_run() -> None:
+    docs.run_python(ROOT_README)
 
 
-def test_local_links_lead_somewhere() -> None:
-    docs.check_links([*READMES.values(), docs.ROOT / "CONTRIBUTING.md"])
-
-
-def test_every_make_target_named_in_a_readme_exists() -> None:
-    docs.check_make_targets(READMES.values())
+def test_links_and_make_targets_of_the_root() -> None:
+    docs.check_links([ROOT_README, docs.ROOT / "CONTRIBUTING.md"])
+    docs.check_make_targets([ROOT_README])

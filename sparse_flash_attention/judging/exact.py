@@ -47,12 +47,12 @@ def worse_numbers(records: Records) -> Records:
     return records.replace("exactness", frame.assign(**larger, stranded_nonzero=1, bad_numbers=1))
 
 
-def covered(metric: str, arm: str, **where: object) -> Test:
-    """Coverage of one arm."""
+def loses_most(arm: str) -> Test:
+    """Reformer covers less than 40 % at 8,192 rows."""
 
     def test(records: Records) -> Outcome:
-        frame = rows(records["coverage"], arm=arm, **where)
-        return mean_less(frame[metric].to_numpy(), 0.4, unit="share of pairs")
+        frame = rows(records["coverage"], arm=arm, task__length=LONG)
+        return mean_less(frame["reformer"].to_numpy(), 0.4, unit="share of pairs")
 
     return test
 
@@ -143,7 +143,8 @@ CLAIMS = [
         },
         control=worse_numbers,
         figure=figures.errors,
-        caption="Largest absolute difference from float64 over random patterns of every seed (dots), by precision.",
+        caption="Largest difference from float64 over random patterns of every seed (dots), by precision: of outputs "
+        "absolute, of gradients over the largest one where that is above 1.",
     ),
     Claim(
         id="C1.zeros",
@@ -170,8 +171,8 @@ CLAIMS = [
             "ours is 1 in every case": all_covered,
             "Reformer falls with the length, random buckets": falls("uniform"),
             "Reformer falls with the length, angular LSH": falls("angular"),
-            "Reformer at 8,192 rows < .4, random buckets": covered("reformer", "uniform", task__length=LONG),
-            "Reformer at 8,192 rows < .4, angular LSH": covered("reformer", "angular", task__length=LONG),
+            "Reformer at 8,192 rows < .4, random buckets": loses_most("uniform"),
+            "Reformer at 8,192 rows < .4, angular LSH": loses_most("angular"),
         },
         control=swap_coverage,
         figure=figures.coverage,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.claims import Control
 from common.pairing import rows
-from common.statistics import Outcome
+from common.statistics import Outcome, ratio_mean_greater
 
 if TYPE_CHECKING:
     from common.records import Records
@@ -52,6 +52,11 @@ def times_of(frame: pd.DataFrame, name: str) -> Array:
     if not np.isfinite(found).all():
         raise ValueError(f"{name} was not timed at task.length={sorted(frame['task.length'].unique().tolist())}")
     return found
+
+
+def faster(experiment: str, name: str, bound: float, length: int = LONG) -> Test:
+    """Geometric mean of dense time over sparse time exceeds the bound."""
+    return lambda records: ratio_mean_greater(speedups(records, experiment, length, name), bound, unit=TIMES)
 
 
 def lengths(records: Records, experiment: str, name: str) -> list[int]:

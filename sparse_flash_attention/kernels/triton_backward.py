@@ -9,7 +9,7 @@ atomics, the same bits in every run.
 import triton
 import triton.language as tl
 
-from sparse_flash_attention.kernels.triton_forward import head_of, load_rows
+from sparse_flash_attention.kernels.triton_forward import head_of, load_rows, query_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -122,27 +122,16 @@ def query_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, Tq, D), contiguous. Grid and ranges as in `forward_kernel`."""
-    tiles = tl.cdiv(q_len, BLOCK_Q)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h, kv_h = head_of(n, heads, group)
-    at = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    exists = at < q_len
-    rows = tl.load(q_order + n * q_len + at, mask=exists, other=0).to(tl.int64)
-    begin = tl.load(k_begin + n * q_len + at, mask=exists, other=0)
-    end = tl.load(k_end + n * q_len + at, mask=exists, other=0)
+    """dq (B, H, Tq, D), contiguous. Grid as in `query_tile`."""
+    n, rows, exists, begin, end, start, middle, stop = query_tile(
+        q_order, k_begin, k_end, q_len, k_len, BLOCK_Q, BLOCK_K
+    )
     alive = begin < end
+    b, h, kv_h = head_of(n, heads, group)
     q = load_rows(q_ptr + b * q_b + h * q_h, rows, alive, q_t, q_d, D, BLOCK_D, UPCAST)
     grad = load_rows(grad_ptr + b * g_b + h * g_h, rows, alive, g_t, g_d, DV, BLOCK_DV, UPCAST)
     lse = tl.load(lse_ptr + n * q_len + rows, mask=alive, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + n * q_len + rows, mask=alive, other=0.0)
-
-    start = tl.min(tl.where(alive, begin, k_len))
-    stop = tl.max(tl.where(alive, end, 0))
-    common = tl.min(tl.where(alive, end, k_len))
-    common = tl.where(tl.max(tl.where(alive, begin, 0)) == start, common, start)
-    middle = start + tl.maximum(common - start, 0) // BLOCK_K * BLOCK_K
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     k_base, v_base = k_ptr + b * k_b + kv_h * k_h, v_ptr + b * v_b + kv_h * v_h

@@ -34,6 +34,33 @@ def head_of(n, heads, group):
 
 
 @triton.jit
+def query_tile(q_order, k_begin, k_end, q_len, k_len, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The queries of this program and the keys that they see, for a grid of (tiles of queries * B * H,).
+
+    The tiles of one head stand next to each other (its keys stay in the cache), the last one first (under causality it
+    has the most keys). Returns the row of the plan; of the queries their places in the input, whether they exist, and
+    the begin and end of what they see; and the keys [start, stop) that some query sees, of which whole tiles up to
+    `middle` are seen by every query that sees anything.
+    """
+    tiles = tl.cdiv(q_len, BLOCK_Q)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    at = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    exists = at < q_len
+    rows = tl.load(q_order + n * q_len + at, mask=exists, other=0).to(tl.int64)
+    begin = tl.load(k_begin + n * q_len + at, mask=exists, other=0)
+    end = tl.load(k_end + n * q_len + at, mask=exists, other=0)
+    alive = begin < end
+    start = tl.min(tl.where(alive, begin, k_len))
+    stop = tl.max(tl.where(alive, end, 0))
+    # a leading part is common to all only if all begin at the same key
+    common = tl.min(tl.where(alive, end, k_len))
+    common = tl.where(tl.max(tl.where(alive, begin, 0)) == start, common, start)
+    middle = start + tl.maximum(common - start, 0) // BLOCK_K * BLOCK_K
+    return n, rows, exists, begin, end, start, middle, stop
+
+
+@triton.jit
 def _absorb(
     q, acc, top, total, begin, end, start, stop, k_base, v_base, k_order, k_t, k_d, v_t, v_d, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -69,29 +96,13 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, Tq, Dv), contiguous, and lse (B, H, Tq) in the order of the input.
-
-    Grid: (tiles of queries * B * H,), the tiles of one head next to each other (its keys stay in the cache), the last
-    tile first (under causality it has the most keys).
-    """
-    tiles = tl.cdiv(q_len, BLOCK_Q)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h, kv_h = head_of(n, heads, group)
-    at = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    exists = at < q_len
-    rows = tl.load(q_order + n * q_len + at, mask=exists, other=0).to(tl.int64)
-    begin = tl.load(k_begin + n * q_len + at, mask=exists, other=0)
-    end = tl.load(k_end + n * q_len + at, mask=exists, other=0)
+    """out (B, H, Tq, Dv), contiguous, and lse (B, H, Tq) in the order of the input. Grid as in `query_tile`."""
+    n, rows, exists, begin, end, start, middle, stop = query_tile(
+        q_order, k_begin, k_end, q_len, k_len, BLOCK_Q, BLOCK_K
+    )
     alive = begin < end
+    b, h, kv_h = head_of(n, heads, group)
     q = load_rows(q_ptr + b * q_b + h * q_h, rows, alive, q_t, q_d, D, BLOCK_D, UPCAST)
-
-    # keys that some row sees; of these, a leading part that every row sees if all begin at the same key
-    start = tl.min(tl.where(alive, begin, k_len))
-    stop = tl.max(tl.where(alive, end, 0))
-    common = tl.min(tl.where(alive, end, k_len))
-    common = tl.where(tl.max(tl.where(alive, begin, 0)) == start, common, start)
-    middle = start + tl.maximum(common - start, 0) // BLOCK_K * BLOCK_K
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)

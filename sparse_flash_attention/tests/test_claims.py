@@ -17,7 +17,7 @@ from sparse_flash_attention.tests import worlds
 from sparse_flash_attention.tests.worlds import Change, beside, changed, gain, level
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
-OURS_ALONE = {"C6.time", "C7", "C7.content", "C7.self", "C9"}  # read arms that the paper does not have
+OURS_ALONE = {"C6.time", "C7", "C7.content", "C7.near", "C7.self", "C9"}  # read arms that the paper does not have
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ BOUNDS: list[tuple[str, str, Change, Change]] = [  # claim, experiment, within t
     ("C7", "language", beside("hash", "dense", 0.029), beside("hash", "dense", 0.031)),
     ("C7", "language", beside("none", "dense", 0.101), beside("none", "dense", 0.099)),
     ("C7.content", "language", beside("hash", "random", -0.001), beside("hash", "random", 0.001)),
+    ("C7.near", "language", beside("window", "dense", -0.001), beside("window", "dense", 0.001)),
     ("C7.self", "language", beside("hash_official", "hash", 0.029), beside("hash_official", "hash", 0.031)),
     ("C7.sharpen", "language", late(-0.001), late(0.001)),
     ("C8", "language", beside("drop_30", "dense", 0.029), beside("drop_30", "dense", 0.031)),
