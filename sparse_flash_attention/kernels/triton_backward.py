@@ -9,7 +9,7 @@ atomics, the same bits in every run.
 import triton
 import triton.language as tl
 
-from sparse_flash_attention.kernels.triton_forward import head_of, load_rows, query_tile
+from sparse_flash_attention.kernels.triton_forward import head_of, key_range, load_rows, query_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -123,15 +123,14 @@ def query_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq (B, H, Tq, D), contiguous. Grid as in `query_tile`."""
-    n, rows, exists, begin, end, start, middle, stop = query_tile(
-        q_order, k_begin, k_end, q_len, k_len, BLOCK_Q, BLOCK_K
-    )
-    alive = begin < end
+    n, rows, exists, begin, end = query_tile(q_order, k_begin, k_end, q_len, BLOCK_Q)
     b, h, kv_h = head_of(n, heads, group)
+    alive = begin < end
     q = load_rows(q_ptr + b * q_b + h * q_h, rows, alive, q_t, q_d, D, BLOCK_D, UPCAST)
     grad = load_rows(grad_ptr + b * g_b + h * g_h, rows, alive, g_t, g_d, DV, BLOCK_DV, UPCAST)
     lse = tl.load(lse_ptr + n * q_len + rows, mask=alive, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + n * q_len + rows, mask=alive, other=0.0)
+    start, middle, stop = key_range(begin, end, k_len, BLOCK_K)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     k_base, v_base = k_ptr + b * k_b + kv_h * k_h, v_ptr + b * v_b + kv_h * v_h

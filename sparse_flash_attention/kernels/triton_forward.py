@@ -34,13 +34,12 @@ def head_of(n, heads, group):
 
 
 @triton.jit
-def query_tile(q_order, k_begin, k_end, q_len, k_len, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The queries of this program and the keys that they see, for a grid of (tiles of queries * B * H,).
+def query_tile(q_order, k_begin, k_end, q_len, BLOCK_Q: tl.constexpr):
+    """The queries of this program, for a grid of (tiles of queries * B * H,).
 
     The tiles of one head stand next to each other (its keys stay in the cache), the last one first (under causality it
-    has the most keys). Returns the row of the plan; of the queries their places in the input, whether they exist, and
-    the begin and end of what they see; and the keys [start, stop) that some query sees, of which whole tiles up to
-    `middle` are seen by every query that sees anything.
+    has the most keys). Returns the row of the plan, and of the queries their places in the input, whether they exist,
+    and the begin and end of what they see.
     """
     tiles = tl.cdiv(q_len, BLOCK_Q)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -50,6 +49,12 @@ def query_tile(q_order, k_begin, k_end, q_len, k_len, BLOCK_Q: tl.constexpr, BLO
     rows = tl.load(q_order + n * q_len + at, mask=exists, other=0).to(tl.int64)
     begin = tl.load(k_begin + n * q_len + at, mask=exists, other=0)
     end = tl.load(k_end + n * q_len + at, mask=exists, other=0)
+    return n, rows, exists, begin, end
+
+
+@triton.jit
+def key_range(begin, end, k_len, BLOCK_K: tl.constexpr):
+    """Keys [start, stop) that some query of a tile sees; up to `middle` they are whole tiles that all of them see."""
     alive = begin < end
     start = tl.min(tl.where(alive, begin, k_len))
     stop = tl.max(tl.where(alive, end, 0))
@@ -57,7 +62,7 @@ def query_tile(q_order, k_begin, k_end, q_len, k_len, BLOCK_Q: tl.constexpr, BLO
     common = tl.min(tl.where(alive, end, k_len))
     common = tl.where(tl.max(tl.where(alive, begin, 0)) == start, common, start)
     middle = start + tl.maximum(common - start, 0) // BLOCK_K * BLOCK_K
-    return n, rows, exists, begin, end, start, middle, stop
+    return start, middle, stop
 
 
 @triton.jit
@@ -97,12 +102,11 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, Tq, Dv), contiguous, and lse (B, H, Tq) in the order of the input. Grid as in `query_tile`."""
-    n, rows, exists, begin, end, start, middle, stop = query_tile(
-        q_order, k_begin, k_end, q_len, k_len, BLOCK_Q, BLOCK_K
-    )
-    alive = begin < end
+    n, rows, exists, begin, end = query_tile(q_order, k_begin, k_end, q_len, BLOCK_Q)
     b, h, kv_h = head_of(n, heads, group)
+    alive = begin < end
     q = load_rows(q_ptr + b * q_b + h * q_h, rows, alive, q_t, q_d, D, BLOCK_D, UPCAST)
+    start, middle, stop = key_range(begin, end, k_len, BLOCK_K)
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
