@@ -1,0 +1,199 @@
+"""The counterparts of the paper's figures, drawn from records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common.figures import INK, bars_with_ci, interval, look, new, paired_dots
+from common.pairing import both, rows, values
+from mulfree_training.names import ROWS, name
+
+if TYPE_CHECKING:
+    from common.records import Records
+
+EVEN: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
+MARGIN: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": "--"}
+MARGINS = {"test_accuracy": (-1.5, -2.0), "test_nll": (0.05, 0.08)}
+LABELS = {"test_accuracy": "accuracy less float32 (points)", "test_nll": "loss less float32 (nats)"}
+BEFORE = ("perturbed", "bf16")
+
+
+def _differences(ax: Axes, frame: pd.DataFrame, arms: Sequence[str], metric: str, baseline: str = "standard") -> None:
+    """Paired differences from a baseline, an arm a line: seeds as dots, mean and interval beside them."""
+    shown = [arm for arm in arms if (frame["arm"] == arm).any()]
+    for i, arm in enumerate(shown):
+        own, other = both(frame, arm, baseline, metric, mode="max" if metric == "test_accuracy" else "min")
+        gap = own - other
+        mean, low, high = interval(gap)
+        ax.plot(gap, np.full(len(gap), i - 0.15), linestyle="none", marker="o", markersize=3, color=INK, alpha=0.4)
+        ax.errorbar(mean, i + 0.15, xerr=[[mean - low], [high - mean]], fmt="s", color=INK, capsize=3, markersize=4)
+    ax.axvline(0, **EVEN)
+    ax.set_yticks(range(len(shown)), [name(arm) for arm in shown])
+    ax.invert_yaxis()
+    ax.set_xlabel(LABELS[metric])
+
+
+def _margins(ax: Axes, metric: str, arms: Sequence[str]) -> None:
+    """The margin of each arm, wider where nothing multiplies."""
+    usual, full = MARGINS[metric]
+    for i, arm in enumerate(arms):
+        bound = full if arm == "full" else usual
+        ax.plot([bound, bound], [i - 0.45, i + 0.45], **MARGIN)
+
+
+def rows_of_ablation(records: Records) -> Figure:
+    """What each row of the ablation costs, in vision and in language; what a rounding unit does, for comparison."""
+    figure, axes = new(1, 2, height=3.9)
+    for ax, experiment, metric in zip(axes, ("vision", "language"), ("test_accuracy", "test_nll"), strict=True):
+        frame = records[experiment]
+        arms = [arm for arm in (*BEFORE, *ROWS) if (frame["arm"] == arm).any()]
+        _differences(ax, frame, arms, metric)
+        _margins(ax, metric, arms)
+    return figure
+
+
+def long_training(records: Records) -> Figure:
+    """Test loss after the short and the long training."""
+    frame = records["language_long"]
+    arms = ("standard", "matmul", "full")
+    figure, ax = new()
+    samples = [values(frame, arm, "test_nll", mode="min") for arm in arms]
+    bars_with_ci(ax, [name(arm) for arm in arms], samples, "test loss after 600 steps (nats)")
+    return figure
+
+
+def convolution(records: Records) -> Figure:
+    """Accuracy of the convolutional network in both arithmetics."""
+    a, b = both(records["convolution"], "standard", "matmul", "test_accuracy")
+    figure, ax = new()
+    paired_dots(ax, a, b, (name("standard"), "piecewise affine"), "test accuracy (%)")
+    return figure
+
+
+def rules(records: Records) -> Figure:
+    """Test loss of both rules less that of float32."""
+    arms = ("matmul", "matmul_exact", "full", "full_exact", "full_exact_but_loss")
+    figure, axes = new(1, 2, height=3.4)
+    for ax, experiment in zip(axes, ("vision", "language"), strict=True):
+        _differences(ax, records[experiment], arms, "test_nll")
+        ax.set_title(experiment)
+    axes[1].set_yticklabels([])
+    return figure
+
+
+def constant(records: Records) -> Figure:
+    """What alpha changes."""
+    figure, axes = new(1, 2, height=2.6)
+    for ax, experiment, metric in zip(axes, ("vision", "language"), ("test_accuracy", "test_nll"), strict=True):
+        frame = records[experiment]
+        for i, (arm, without) in enumerate((("matmul_alpha", "matmul"), ("full_alpha", "full"))):
+            own, other = both(frame, arm, without, metric, mode="max" if metric == "test_accuracy" else "min")
+            mean, low, high = interval(own - other)
+            ax.plot(own - other, np.full(len(own), i - 0.1), linestyle="none", marker="o", color=INK, alpha=0.4)
+            ax.errorbar(mean, i + 0.1, xerr=[[mean - low], [high - mean]], fmt="s", color=INK, capsize=3)
+        bound = abs(MARGINS[metric][0])
+        for edge in (-bound, bound):
+            ax.axvline(edge, **MARGIN)
+        ax.axvline(0, **EVEN)
+        ax.set_yticks([0, 1], ["matrix products", "everything"])
+        ax.set_ylim(1.5, -0.5)
+        ax.set_xlabel(f"{'accuracy (points)' if metric == 'test_accuracy' else 'loss (nats)'}: with alpha − without")
+    axes[1].set_yticklabels([])
+    return figure
+
+
+def baselines(records: Records) -> Figure:
+    """Accuracy beside other ways to avoid multiplications."""
+    frame = records["vision"]
+    arms = ("standard", "bf16", "matmul", "full", "power_of_two", "adder")
+    shown = [arm for arm in arms if (frame["arm"] == arm).any()]
+    figure, ax = new()
+    samples = [values(frame, arm, "test_accuracy") for arm in shown]
+    bars_with_ci(ax, [name(arm).replace(": ", ":\n") for arm in shown], samples, "test accuracy (%)")
+    ax.tick_params(axis="x", labelrotation=20)
+    return figure
+
+
+def error_law(records: Records) -> Figure:
+    """Error of a product over both mantissas, and its distribution."""
+    row = rows(records["primitives"], arm="pam").iloc[0]
+    figure, axes = new(1, 2, height=3.4)
+    errors = 100 * np.array(list(row["map"]), dtype=np.float64)
+    side = np.linspace(1, 2, len(errors) + 1)
+    centres = (side[:-1] + side[1:]) / 2
+    shown = axes[0].pcolormesh(side, side, errors, cmap="gray", shading="flat")
+    lines = axes[0].contour(centres, centres, errors, levels=[-10, -8, -6, -4, -2], colors="white", linewidths=0.7)
+    axes[0].clabel(lines, fmt="%g %%", fontsize=7)
+    axes[0].set_xlabel("mantissa of a")
+    axes[0].set_ylabel("mantissa of b")
+    figure.colorbar(shown, ax=axes[0], label="error of PAM(a, b) (%)")
+    for i, (operation, label) in enumerate((("mul", "product"), ("div", "quotient"))):
+        edges, density = (np.array(list(row[f"{operation}_{x}"]), dtype=np.float64) for x in ("edges", "density"))
+        style = look(i) | {"marker": None}
+        axes[1].stairs(density / 100, 100 * edges, label=label, color=style["color"], linestyle=style["linestyle"])
+    axes[1].set_xlabel("relative error (%)")
+    axes[1].set_ylabel("density (1 / %)")
+    axes[1].legend()
+    return figure
+
+
+def affine(records: Records) -> Figure:
+    """Second over first difference against the distance."""
+    frame = records["affine"]
+    distances = sorted(float(str(c).split("_")[1]) for c in frame.columns if str(c).startswith("curvature_"))
+    columns = [f"curvature_{h:g}" for h in distances]
+    figure, ax = new()
+    for i, (arm, label) in enumerate((("standard", "standard network"), ("pam", "piecewise affine network"))):
+        for j, (_, row) in enumerate(rows(frame, arm=arm).iterrows()):
+            found = row[columns].to_numpy(dtype=np.float64)
+            ax.plot(distances, found, label=label if j == 0 else None, alpha=0.6, **look(i))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("distance h along the line")
+    ax.set_ylabel("second / first difference")
+    ax.legend()
+    return figure
+
+
+def findings(records: Records) -> Figure:
+    """Multiplying operations in one step, row by row."""
+    frame = records["proof"]
+    arms = ("standard", *ROWS, "full_exact")
+    counts = [float(rows(frame, arm=arm)["findings"].iloc[0]) for arm in arms]
+    figure, ax = new()
+    ax.barh(range(len(arms)), counts, color="0.75", edgecolor=INK)
+    for i, found in enumerate(counts):
+        ax.text(found, i, f" {found:.0f}", va="center")
+    ax.set_yticks(range(len(arms)), [name(arm) for arm in arms])
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.15 * max(max(counts), 1))
+    ax.set_xlabel("multiplying operations in one training step")
+    return figure
+
+
+def cost(records: Records) -> Figure:
+    """Energy of one step's arithmetic by kind of operation."""
+    frame = records["proof"]
+    figure, ax = new()
+    kinds = sorted(c for c in frame.columns if str(c).startswith("energy_uj_"))
+    for j, arm in enumerate(("standard", "full")):
+        row, left = rows(frame, arm=arm).iloc[0], 0.0
+        for i, kind in enumerate(kinds):
+            value = float(row[kind])
+            own = {"color": str(0.3 + 0.55 * i / max(len(kinds) - 1, 1)), "edgecolor": INK}
+            title = str(kind).removeprefix("energy_uj_").replace("_", " ") if j == 0 else None
+            ax.barh(j, value, left=left, label=title, **own)
+            left += value
+        ax.text(left, j, f" {left:,.0f} µJ", va="center")
+    ax.set_yticks([0, 1], ["float32", "no multiplication"])
+    ax.set_ylim(1.6, -0.6)
+    ax.set_xlim(right=1.2 * ax.get_xlim()[1])
+    ax.set_xlabel("energy of the arithmetic of one step (µJ)")
+    ax.legend(ncols=2, loc="lower right", fontsize=7)
+    return figure

@@ -1,0 +1,263 @@
+"""Claims on the arithmetic itself, on what multiplies, and on what it would cost; all but C7 without statistics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from common.claims import Claim
+from common.pairing import rows
+from common.statistics import Outcome, exact_identity, mean_greater, ratio_mean_less
+from mulfree_training import figures
+from mulfree_training.judging.samples import Test
+from mulfree_training.names import ROWS, name
+
+if TYPE_CHECKING:
+    from common.records import Records
+
+TABLE = {
+    "mul": (-1 / 9, 0.0),
+    "div": (0.0, 1 / 8),
+    "square": (-1 / 9, 0.0),
+    "exp2": (0.0, 0.061476),
+    "log2": (-0.086071, 0.0),
+    "sqrt": (0.0, 0.060660),
+}
+"""Lowest and highest error of each operation: relative, for log2 absolute (section 2; closed forms)."""
+MEANS = {
+    "mul_mean_uniform": -0.0385,
+    "mul_mean_logarithmic": -0.0382,
+    "div_mean_uniform": 0.0410,
+    "div_mean_logarithmic": 0.0407,
+    "square_mean_uniform": -0.0383,
+    "exp2_mean": 0.0407,
+    "log2_mean": -0.0573,
+}
+EXTREME, MEAN = 1e-6, 1e-4
+DISTANCE = "1e-06"
+SHARE = 0.6
+CHEAPER = 30.0
+
+
+def within(found: np.ndarray, expected: float, tolerance: float, unit: str) -> Outcome:
+    """Every seed's value is `expected` to the tolerance; nothing is estimated."""
+    gap = np.abs(found - expected)
+    outcome = exact_identity(np.maximum(gap - tolerance, 0), np.zeros(len(gap)), unit=unit)
+    shown = float(found.mean())
+    test = f"equality with {expected:.6g} within {tolerance:g}"
+    return replace(outcome, effect=shown, ci_low=float(found.min()), ci_high=float(found.max()), test=test)
+
+
+def extreme(operation: str) -> Test:
+    """Both ends of an operation's error; the one that is further off is shown."""
+
+    def test(records: Records) -> Outcome:
+        frame = rows(records["primitives"], arm="pam")
+        ends = [
+            within(frame[f"{operation}_{end}"].to_numpy(), value, EXTREME, "relative error")
+            for end, value in zip(("min", "max"), TABLE[operation], strict=True)
+        ]
+        # the end that is not 0 says more, unless the other one fails
+        return max(ends, key=lambda o: (o.p, abs(o.effect)))
+
+    return test
+
+
+def mean_error(column: str) -> Test:
+    """A mean error over mantissas."""
+    return lambda records: within(
+        rows(records["primitives"], arm="pam")[column].to_numpy(), MEANS[column], MEAN, "relative error"
+    )
+
+
+def shifted_errors(records: Records) -> Records:
+    """All errors are a thousandth larger."""
+    frame = records["primitives"]
+    columns = [c for c in frame.columns if str(c).split("_")[0] in TABLE and frame[c].dtype.kind == "f"]
+    return records.replace("primitives", frame.assign(**{str(c): frame[c] + 1e-3 for c in columns}))
+
+
+def flat(records: Records) -> Outcome:
+    """Median second difference of the piecewise affine network over that of the standard one, paired by seed."""
+    frame = records["affine"]
+    own, other = (
+        rows(frame, arm=arm).sort_values("seed")[f"curvature_{DISTANCE}"].to_numpy(dtype=np.float64)
+        for arm in ("pam", "standard")
+    )
+    return ratio_mean_less(own / other, 1e-3)
+
+
+def right_slopes(records: Records) -> Outcome:
+    """Share of points where the exact rule's slope is the central difference."""
+    found = rows(records["affine"], arm="pam")["gradient_right"].to_numpy(dtype=np.float64)
+    return mean_greater(found, SHARE, unit="share of points")
+
+
+def smooth(records: Records) -> Records:
+    """The networks change places, and half of the slopes are wrong."""
+    frame = records["affine"]
+    swapped = frame["arm"].replace({"pam": "standard", "standard": "pam"})
+    return records.replace("affine", frame.assign(arm=swapped, gradient_right=frame["gradient_right"] / 2))
+
+
+def count(records: Records, arm: str, column: str) -> float:
+    """A number of the proof's record of one arm."""
+    return float(rows(records["proof"], arm=arm)[column].iloc[0])
+
+
+def none(arm: str, column: str, unit: str) -> Test:
+    """Nothing was found."""
+    return lambda records: exact_identity([count(records, arm, column)], [0.0], unit=unit)
+
+
+def rejected(records: Records) -> Outcome:
+    """Every arm that multiplies is refused."""
+    arms = ("standard", *ROWS[:-1], "language_standard")
+    passed = [float(count(records, arm, "findings") == 0) for arm in arms]
+    found = "; ".join(f"{name(arm)}: {count(records, arm, 'findings'):.0f}" for arm in arms)
+    return replace(exact_identity(passed, np.zeros(len(arms)), unit="arms let through"), detail=found)
+
+
+def planted(records: Records) -> Outcome:
+    """The scans find what was planted: in C++ code, in PTX and in a backward pass."""
+    row = rows(records["proof"], arm="full").iloc[0]
+    missed = [float(row[column] == 0) for column in ("planted_machine", "planted_ptx", "planted_backward")]
+    return exact_identity(missed, np.zeros(3), unit="plants missed")
+
+
+def blind(records: Records) -> Records:
+    """A hundred findings are in the arms without, and none in the others."""
+    frame = records["proof"]
+    columns = ("findings", "machine_findings", "ptx_findings")
+    planted = ("planted_machine", "planted_ptx", "planted_backward")
+    changed = {c: np.where(frame[c] == 0, 100, 0) for c in columns} | {c: 0 * frame[c] for c in planted}
+    return records.replace("proof", frame.assign(**changed))
+
+
+def cheaper(column: str, bound: float) -> Test:
+    """A ratio of costs, computed from counted operations and published figures."""
+
+    def test(records: Records) -> Outcome:
+        ratio = count(records, "full", column)
+        inside = ratio > bound
+        words = f"computed ratio > {bound:g}"
+        return Outcome(ratio, ratio, ratio, 1, float(not inside), float(inside), words, "×")
+
+    return test
+
+
+def free_multiplications(records: Records) -> Records:
+    """Multiplications cost as little as integer additions."""
+    frame = records["proof"]
+    return records.replace("proof", frame.assign(**{c: 1.0 for c in frame.columns if str(c).startswith("cost_ratio")}))
+
+
+def gain(records: Records) -> Outcome:
+    """Least-squares gain of products of normal variables with alpha."""
+    found = rows(records["primitives"], arm="alpha")["gain"].to_numpy(dtype=np.float64)
+    return within(found, 1.0, 2e-3, "gain")
+
+
+def without_alpha(records: Records) -> Records:
+    """The arms with and without alpha change places."""
+    frame: pd.DataFrame = records["primitives"]
+    return records.replace("primitives", frame.assign(arm=frame["arm"].replace({"pam": "alpha", "alpha": "pam"})))
+
+
+CLAIMS = [
+    Claim(
+        id="C6",
+        title="The error law of the operations",
+        statement="A piecewise affine product is exact at powers of two and otherwise too small by at most 1/9; the "
+        "other operations have errors of the same size.",
+        source="section 2 and its error figure",
+        paper_value="product: −1/9 to 0",
+        experiments=("primitives",),
+        parts={
+            **{f"{operation}: {low:.6g} to {high:.6g}": extreme(operation) for operation, (low, high) in TABLE.items()},
+            **{f"{column.replace('_', ' ')} = {value}": mean_error(column) for column, value in MEANS.items()},
+        },
+        control=shifted_errors,
+        figure=figures.error_law,
+        caption="Left: relative error of a product over both mantissas; lines of equal error. Right: its distribution "
+        "and that of a quotient, mantissas uniform.",
+        note="Extremes on a grid of all mantissas of 11 bits (functions of one number: 20 bits), means over a million "
+        "random pairs a seed.",
+    ),
+    Claim(
+        id="C6.alpha",
+        title="Alpha makes products right on average",
+        statement="With alpha = 1.0552 products of normal variables have gain 1 in the sense of least squares.",
+        source="section 2.7 (read in a third party's summary); official code's comment",
+        paper_value="1.0552 for that gain",
+        experiments=("primitives",),
+        parts={"gain within .002 of 1": gain},
+        control=without_alpha,
+        caption="See the figure of C6.",
+    ),
+    Claim(
+        id="C7",
+        title="Piecewise affine in inputs and weights at once",
+        statement="Along any line through inputs and all weights together the network is piecewise affine, and the "
+        "exact rule gives its true slope.",
+        source="abstract: jointly piecewise affine",
+        paper_value="exactly",
+        experiments=("affine",),
+        parts={
+            "median second difference: a thousandth of the standard network's": flat,
+            "slope = central difference at > 60 % of points": right_slopes,
+        },
+        control=smooth,
+        figure=figures.affine,
+        caption="Second over first difference against the distance h, median over 200 points; a line a seed. A smooth "
+        "network's falls with h, a piecewise affine one's is rounding until steps cross kinks.",
+        note="Linear layer, layer norm, attention and sum in float64; the points that fail straddle a kink.",
+    ),
+    Claim(
+        id="C4.proof",
+        title="A training step contains no multiplication",
+        statement="Forward pass, loss, backward pass and optimizer contain no floating-point multiplication, division, "
+        "root or fused multiply-add, nor do the compiled kernels.",
+        source="abstract: fully multiplication-free training",
+        paper_value="0, as a method; the official code emulates it with multiplications",
+        experiments=("proof",),
+        parts={
+            "vision step": none("full", "findings", "operations"),
+            "vision step, exact rule": none("full_exact", "findings", "operations"),
+            "language step": none("language_full", "findings", "operations"),
+            "language step, exact rule": none("language_full_exact", "findings", "operations"),
+            "compiled C++": none("full", "machine_findings", "instructions"),
+            "Triton kernels for GPUs": none("full", "ptx_findings", "instructions"),
+            "every other arm is refused": rejected,
+            "planted multiplications are found": planted,
+        },
+        control=blind,
+        figure=figures.findings,
+        caption="Operations with floating-point numbers in one training step that are not on the list of what adds, "
+        "compares and moves, row by row of the ablation.",
+        note="Outside tensors the schedule of the learning rate is computed once a step, in Python's floats; bias "
+        "correction and decay are piecewise affine here (`arithmetic.host_scalars=pam`).",
+    ),
+    Claim(
+        id="C8",
+        title="An integer addition costs a thirtieth of a multiplication",
+        statement="Replacing a float32 multiplication by an integer addition saves a factor of about 30 in energy; a "
+        "multiply-accumulate with float32 sums saves less.",
+        source="cost argument (read in a third party's summary); Horowitz, ISSCC 2014, 45 nm",
+        paper_value="roughly 30 ×",
+        experiments=("proof",),
+        parts={
+            f"multiplication alone: > {CHEAPER:g} × less energy": cheaper("cost_ratio_multiplication", CHEAPER),
+            "multiply-accumulate: > 4 × less energy": cheaper("cost_ratio_accumulate", 4.0),
+            "arithmetic of a whole vision step: > 4 × less energy": cheaper("cost_ratio_step", 4.0),
+        },
+        control=free_multiplications,
+        figure=figures.cost,
+        caption="Energy of the arithmetic in one training step of the digits ViT, by kind of operation.",
+        note="Arithmetic from counted operations and published figures of 45 nm, not a measurement; memory traffic, "
+        "which usually dominates, is the same in both.",
+    ),
+]

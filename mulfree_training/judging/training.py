@@ -1,0 +1,288 @@
+"""Claims on trainings in piecewise affine arithmetic and their tests, fixed before the judging run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from common.claims import Claim, chain
+from common.pairing import both
+from common.statistics import Outcome, mean_greater
+from mulfree_training import figures
+from mulfree_training.judging.samples import ACCURACY, BANDS, NLL, UNKNOWN, Test, beats, equals, keeps, worsened
+from mulfree_training.names import ROWS, name
+
+if TYPE_CHECKING:
+    from common.records import Records
+
+POINTS, NATS = 1.5, 0.05
+"""Loss of accuracy and of likelihood that does not count; from the digest, before any run."""
+FULL_POINTS, FULL_NATS = 2.0, 0.08
+"""The same where nothing multiplies."""
+SET_UP = (
+    "All arms share seeds, split, order of the data, initial weights and the hyper-parameters tuned for float32."
+)VISION, LANGUAGE = "vision", "language"
+IMAGES = "ViT on 8x8 digits, 396 test images"
+TEXT = "character GPT on English prose"
+
+
+def calibration(experiment: str) -> Test:
+    """More than half of the exact rule's loss against the approximate one goes when one temperature is refitted."""
+
+    def test(records: Records) -> Outcome:
+        frame = records[experiment]
+        gaps = []
+        for metric in (NLL, f"{NLL}_tempered"):
+            exact, approx = both(frame, "full_exact", "full", metric, mode="min")
+            gaps.append(exact - approx)
+        outcome = mean_greater(gaps[0] - 2 * gaps[1], 0.0, unit="nats")
+        return replace(outcome, detail=f"gap {gaps[0].mean():.3f}, tempered {gaps[1].mean():.3f} nats")
+
+    return test
+
+
+CLAIMS = [
+    Claim(
+        id="C1",
+        title="Piecewise affine matrix products cost little",
+        statement="Transformers train as well with piecewise affine matrix products, hyper-parameters unchanged.",
+        source="abstract; official commands for DeiT and IWSLT14",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={
+            f"vision: loses < {POINTS} points": keeps(VISION, "matmul", ACCURACY, POINTS),
+            f"language: loses < {NATS} nats": keeps(LANGUAGE, "matmul", NLL, NATS),
+        },
+        control=chain(worsened(VISION, ("matmul",)), worsened(LANGUAGE, ("matmul",))),
+        figure=figures.rows_of_ablation,
+        caption=f"Difference from float32, paired by seed. Left: {IMAGES}; right: {TEXT}. {BANDS} Dashed: the margin.",
+        note=SET_UP,
+    ),
+    Claim(
+        id="C1.long",
+        title="Also with twice the training",
+        statement="The gap in language stays small when training is twice as long.",
+        source="ours: a short training might hide it",
+        paper_value=UNKNOWN,
+        experiments=("language_long",),
+        parts={f"600 steps: loses < {NATS} nats": keeps("language_long", "matmul", NLL, NATS)},
+        control=worsened("language_long", ("matmul",)),
+        figure=figures.long_training,
+        caption=f"Test loss after 300 and 600 steps. {BANDS}",
+    ),
+    Claim(
+        id="C2",
+        title="Convolutional networks too",
+        statement="Convolutional networks train as well with piecewise affine convolutions and linear layers.",
+        source="CIFAR-10 experiments (official commands: VGG13, ResNets, ResNeXt, ConvMixer)",
+        paper_value=UNKNOWN,
+        experiments=("convolution",),
+        parts={
+            f"digits, three convolutions without norm: loses < {POINTS} points": keeps(
+                "convolution", "matmul", ACCURACY, POINTS
+            )
+        },
+        control=worsened("convolution", ("matmul",)),
+        figure=figures.convolution,
+        caption="Test accuracy of both arms, a line a seed.",
+        note="No norm absorbs the mean loss of 4 % a product here.",
+    ),
+    Claim(
+        id="C3",
+        title="All non-linearities can be replaced",
+        statement="Softmax, scalings, layer norm and the loss can be piecewise affine too, one after the other.",
+        source="ablation on IWSLT14",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={
+            **{
+                f"vision, row {name(arm)}: loses < {POINTS} points": keeps(VISION, arm, ACCURACY, POINTS)
+                for arm in ROWS[:-1]
+            },
+            **{f"language, row {name(arm)}: loses < {NATS} nats": keeps(LANGUAGE, arm, NLL, NATS) for arm in ROWS[:-1]},
+        },
+        control=chain(worsened(VISION, ROWS[:-1]), worsened(LANGUAGE, ROWS[:-1])),
+        caption="See the figure of C1.",
+        note=SET_UP,
+    ),
+    Claim(
+        id="C4",
+        title="Training without any multiplication works",
+        statement="With the optimizer replaced as well, training is free of multiplications and still works.",
+        source="abstract; last row of the ablation",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE, "language_long"),
+        parts={
+            f"vision: loses < {FULL_POINTS:g} points": keeps(VISION, "full", ACCURACY, FULL_POINTS),
+            f"language: loses < {FULL_NATS} nats": keeps(LANGUAGE, "full", NLL, FULL_NATS),
+            f"language, 600 steps: loses < {FULL_NATS} nats": keeps("language_long", "full", NLL, FULL_NATS),
+        },
+        control=chain(worsened(VISION, ("full",)), worsened(LANGUAGE, ("full",)), worsened("language_long", ("full",))),
+        caption="See the figures of C1 and C1.long.",
+        note=SET_UP + " That nothing multiplies is judged by C4.proof.",
+    ),
+    Claim(
+        id="C5",
+        title="The exact rule costs likelihood when nothing multiplies",
+        statement="In fully multiplication-free training the exact derivative gives a worse test likelihood than the "
+        "approximate one, in vision and in language.",
+        source="both rules are in the official code, all published commands use the approximate one; the direction is "
+        "that of a pilot",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={
+            "vision: approximate has the lower loss": beats(VISION, "full", "full_exact", NLL),
+            "language: approximate has the lower loss": beats(LANGUAGE, "full", "full_exact", NLL),
+        },
+        control=chain(worsened(VISION, ("full",)), worsened(LANGUAGE, ("full",))),
+        figure=figures.rules,
+        caption=f"Test loss less that of float32, paired by seed, left vision, right language. {BANDS}",
+    ),
+    Claim(
+        id="C5.matmul",
+        title="In matrix products alone the rule hardly matters",
+        statement="With only matrix products piecewise affine, both rules train to the same likelihood.",
+        source="both rules are in the official code",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={
+            f"vision: within {NATS} nats": equals(VISION, "matmul_exact", "matmul", NLL, NATS),
+            f"language: within {NATS} nats": equals(LANGUAGE, "matmul_exact", "matmul", NLL, NATS),
+        },
+        control=chain(worsened(VISION, ("matmul_exact",)), worsened(LANGUAGE, ("matmul_exact",))),
+        caption="See the figure of C5.",
+    ),
+    Claim(
+        id="C5.loss",
+        title="It is the loss where the exact rule hurts",
+        statement="The exact rule descends the piecewise affine loss itself, whose optimum is not that of the "
+        "cross-entropy that is measured: with the approximate rule in the loss alone, it does better.",
+        source="ours: a reason for C5",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={
+            "vision: exact but in the loss is below exact": beats(VISION, "full_exact_but_loss", "full_exact", NLL),
+            "language: exact but in the loss is below exact": beats(LANGUAGE, "full_exact_but_loss", "full_exact", NLL),
+        },
+        control=chain(worsened(VISION, ("full_exact_but_loss",)), worsened(LANGUAGE, ("full_exact_but_loss",))),
+        caption="See the figure of C5.",
+    ),
+    Claim(
+        id="C5.temperature",
+        title="Most of it is calibration",
+        statement="More than half of what the exact rule costs goes when a temperature is refitted on validation data.",
+        source="ours: a reason for C5",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={"vision": calibration(VISION), "language": calibration(LANGUAGE)},
+        control=chain(worsened(VISION, ("full_exact",)), worsened(LANGUAGE, ("full_exact",))),
+        caption="See the figure of C5.",
+    ),
+    Claim(
+        id="C9",
+        title="The constant alpha changes little",
+        statement="Multiplying every product with alpha = 1.0552, which makes it right on average, changes results by "
+        "less than the margins.",
+        source="section 2.7 proposes it (read in a third party's summary); the value is the official code's",
+        paper_value=UNKNOWN,
+        experiments=(VISION, LANGUAGE),
+        parts={
+            f"vision, matrix products: within {POINTS} points": equals(
+                VISION, "matmul_alpha", "matmul", ACCURACY, POINTS
+            ),
+            f"vision, everything: within {POINTS} points": equals(VISION, "full_alpha", "full", ACCURACY, POINTS),
+            f"language, matrix products: within {NATS} nats": equals(LANGUAGE, "matmul_alpha", "matmul", NLL, NATS),
+            f"language, everything: within {NATS} nats": equals(LANGUAGE, "full_alpha", "full", NLL, NATS),
+        },
+        control=chain(
+            worsened(VISION, ("matmul_alpha", "full_alpha")), worsened(LANGUAGE, ("matmul_alpha", "full_alpha"))
+        ),
+        figure=figures.constant,
+        caption=f"With alpha less without, paired by seed, left vision, right language. {BANDS} Dashed: the margin.",
+    ),
+    Claim(
+        id="C10",
+        title="It beats AdderNet's layers while replacing more",
+        statement="Piecewise affine transformers are more accurate than those with AdderNet's layers, which replace "
+        "fewer multiplications.",
+        source="comparison with adder transformers (read in a third party's summary)",
+        paper_value=UNKNOWN,
+        experiments=(VISION,),
+        parts={
+            "matrix products above AdderNet's": beats(VISION, "matmul", "adder", ACCURACY),
+            "no multiplication above AdderNet's": beats(VISION, "full", "adder", ACCURACY),
+        },
+        control=worsened(VISION, ("matmul", "full"), points=20.0),
+        figure=figures.baselines,
+        caption=f"Test accuracy on {IMAGES}. {BANDS}",
+        note="AdderNet's distances stand in the hidden layers only, at the learning rate that suits them best; its "
+        "authors follow them with a batch norm, here they are centred and scaled.",
+    ),
+    Claim(
+        id="C10.power",
+        title="It beats weights rounded to powers of two",
+        statement="Piecewise affine products cost less accuracy than rounding the weights to powers of two, which also "
+        "needs no multiplier in the forward pass.",
+        source="our baseline (DeepShift's idea)",
+        paper_value=UNKNOWN,
+        experiments=(VISION,),
+        parts={"matrix products above powers of two": beats(VISION, "matmul", "power_of_two", ACCURACY)},
+        control=worsened(VISION, ("matmul",)),
+        caption="See the figure of C10.",
+    ),
+    Claim(
+        id="C1.paper",
+        title="Paper scale: DeiT-Ti on CIFAR-10",
+        statement="DeiT-Ti with piecewise affine matrix products is as accurate on CIFAR-10.",
+        source="official command",
+        paper_value=UNKNOWN,
+        experiments=(VISION,),
+        parts={f"loses < {POINTS} points": keeps(VISION, "matmul", ACCURACY, POINTS)},
+        control=worsened(VISION, ("matmul",)),
+        scale_needed="paper",
+    ),
+    Claim(
+        id="C1.imagenet",
+        title="Paper scale: DeiT-Ti on ImageNet",
+        statement="DeiT-Ti with piecewise affine matrix products is as accurate on ImageNet.",
+        source="official command",
+        paper_value=UNKNOWN,
+        experiments=("imagenet",),
+        parts={f"loses < {POINTS} points": keeps("imagenet", "matmul", ACCURACY, POINTS)},
+        control=worsened("imagenet", ("matmul",)),
+        scale_needed="paper",
+    ),
+    Claim(
+        id="C2.paper",
+        title="Paper scale: five networks on CIFAR-10",
+        statement="VGG13, ResNet-20 and 110, ResNeXt-20 and ConvMixer are as accurate with piecewise affine products.",
+        source="official commands",
+        paper_value=UNKNOWN,
+        experiments=("convolution",),
+        parts={
+            f"{arm}: loses < {POINTS} points": keeps("convolution", f"{arm}_matmul", ACCURACY, POINTS, arm)
+            for arm in ("vgg13", "resnet20", "resnet110", "resnext20", "convmixer")
+        },
+        control=worsened(
+            "convolution", tuple(f"{x}_matmul" for x in ("vgg13", "resnet20", "resnet110", "resnext20", "convmixer"))
+        ),
+        scale_needed="paper",
+    ),
+    Claim(
+        id="C4.paper",
+        title="Paper scale: IWSLT14 German-English, row by row",
+        statement="The translation transformer keeps its likelihood through all rows of the ablation.",
+        source="ablation on IWSLT14",
+        paper_value=UNKNOWN,
+        experiments=("translation",),
+        parts={
+            f"row {name(arm)}: loses < {FULL_NATS if arm == 'full' else NATS} nats": keeps(
+                "translation", arm, NLL, FULL_NATS if arm == "full" else NATS
+            )
+            for arm in ROWS
+        },
+        control=worsened("translation", ROWS),
+        scale_needed="paper",
+        note="BLEU is recorded too; the margin is in nats, as at laptop scale.",
+    ),
+]

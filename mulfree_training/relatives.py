@@ -1,0 +1,83 @@
+"""Baselines beside the method: weights rounded to powers of two, AdderNet's layers, and a change of one rounding unit.
+
+None of them is the paper's; they say what else could replace multiplications, and how much of a difference is chaos.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+BLOCK = 64
+"""Rows of a chunk in the gradient of `AdderLinear`, which compares every input with every weight."""
+
+
+class PowerOfTwo(nn.Module):
+    """Rounds a weight to the nearest power of two in the forward pass; the gradient goes through (DeepShift, 2019)."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Any shape; 0 stays 0."""
+        with torch.no_grad():
+            rounded = weight.sign() * torch.exp2(weight.abs().log2().round())
+            rounded = torch.where(weight == 0, weight, rounded)
+        return weight + (rounded - weight).detach()
+
+
+class _Adder(torch.autograd.Function):
+    """y = -sum |x - w|; AdderNet's gradients: x - w for the weight, clipped w - x for the input (Chen et al. 2020)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return -torch.cdist(x, weight, p=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        g_weight = grad.mT @ x - grad.sum(0)[:, None] * weight
+        pairs = zip(x.split(BLOCK), grad.split(BLOCK), strict=True)
+        # (rows, outputs, inputs)
+        g_x = [torch.einsum("rok,ro->rk", (weight - rows[:, None]).clamp(-1, 1), part) for rows, part in pairs]
+        return torch.cat(g_x), g_weight
+
+
+class AdderLinear(nn.Linear):
+    """Linear layer that compares by L1 distance instead of multiplying, scaled to the size of a product's sum.
+
+    The distances have a large mean and little variance; AdderNet follows them with a batch norm. A transformer has none
+    there, so the mean over outputs is taken off and the rest divided by sqrt(K).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, K) -> (…, P)."""
+        y = _Adder.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
+        y = (y - y.mean(-1, keepdim=True)) / self.in_features**0.5
+        return y if self.bias is None else y + self.bias
+
+
+def use_powers_of_two(model: nn.Module) -> None:
+    """Parametrise the weights of all linear, convolutional and attention layers in place."""
+    for part in list(model.modules()):
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            parametrize.register_parametrization(part, "weight", PowerOfTwo())
+        if isinstance(part, nn.MultiheadAttention):
+            parametrize.register_parametrization(part, "in_proj_weight", PowerOfTwo())
+
+
+def use_adders(model: nn.Module) -> None:
+    """Turn the two layers of every hidden layer (`hidden` and `out` of a block) into `AdderLinear`, in place."""
+    for part in model.modules():
+        for name in ("hidden", "out"):
+            layer = getattr(part, name, None)
+            if isinstance(layer, nn.Linear):
+                layer.__class__ = AdderLinear
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    """Move every parameter to the next larger float, in place: the smallest change that rounding could make."""
+    for parameter in model.parameters():
+        parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, float("inf"))))

@@ -1,0 +1,130 @@
+"""The loop that all trainings share: models side by side, one a seed, each step a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from common import ranks
+from common.checkpoint import load_checkpoint, load_extra, save_checkpoint
+from common.training import Run
+from mulfree_training.tasks.arithmetic import Loss, make_optimizer
+
+if TYPE_CHECKING:
+    from common.trials import Trial
+    from mulfree_training.config import OptimizerConfig, TrialConfig
+
+CHECKPOINT_SECONDS = 120.0
+Batch = tuple[tuple[Tensor, ...], Tensor]
+"""Inputs of the network, and targets."""
+
+
+class Losses(nn.Module):
+    """Models side by side: a batch for each -> (S,) mean losses."""
+
+    def __init__(self, models: list[nn.Module], loss: Loss) -> None:
+        super().__init__()
+        self.models, self.loss = nn.ModuleList(models), loss
+
+    def forward(self, batches: list[Batch]) -> Tensor:
+        """One loss a model."""
+        pairs = zip(self.models, batches, strict=True)
+        return torch.stack([self.loss(model(*inputs), target) for model, (inputs, target) in pairs])
+
+
+def lr_factor(step: int, steps: int, c: OptimizerConfig) -> float:
+    """Linear from `start` to 1 in the first `warmup` steps, then one cosine to `final` at the last step."""
+    rise = min(c.warmup, steps)
+    if step < rise:
+        return c.start + (1 - c.start) * (step + 1) / rise
+    fall = (step - rise + 1) / max(steps - rise, 1)
+    return c.final + (1 - c.final) * (1 + math.cos(math.pi * fall)) / 2
+
+
+def backward(run: Run, losses: Tensor, accumulate: int) -> None:
+    """Backpropagate the sum of the losses; without accumulation nothing is divided."""
+    if accumulate == 1:
+        losses.sum().backward()
+    else:
+        run.backward(losses.sum())
+
+
+def fit(
+    config: TrialConfig,
+    trial: Trial,
+    run: Run,
+    losses: Losses,
+    batch: Callable[[int, int], Batch],
+    steps: int,
+) -> tuple[list[float], float]:
+    """Train all models.
+
+    Args:
+        config: of the trial; its task has `accumulate` and `log_every`.
+        trial: whose seeds the models have, and where progress and checkpoints go.
+        run: where to compute.
+        losses: the models, placed.
+        batch: (seed, step) -> the whole batch of one model on any device, rows first.
+        steps: optimizer steps.
+
+    Returns:
+        Training loss of the last step, one a model, and seconds of training a model.
+    """
+    task, c = config.task, config.optimizer
+    optimizer = make_optimizer(losses, c, config.arithmetic)
+    model = run.distribute(losses)
+    first = load_checkpoint(trial.folder, losses, optimizer) or 0
+    kept = load_extra(trial.folder)
+    mean = torch.tensor(kept.get("mean", [math.nan] * len(trial.seeds)))
+    spent, saved = kept.get("spent", 0.0), time.monotonic()
+    for step in range(first, steps):
+        started = time.perf_counter()
+        factor = lr_factor(step, steps, c)
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * factor
+        total = torch.zeros(len(trial.seeds), device=run.device)
+        for part in range(task.accumulate):
+            shards = [_shard(batch(seed, step), run, part, task.accumulate) for seed in trial.seeds]
+            with run.accumulate(model):
+                loss = model(shards)
+                backward(run, loss, task.accumulate)
+            total += loss.detach() / task.accumulate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        spent += time.perf_counter() - started
+        done = step + 1
+        if done % task.log_every and done < steps:
+            continue
+        mean = run.mean(total)
+        trial.log({"train/loss": mean, "lr": c.lr * factor}, step=done)
+        trial.progress(done, steps)
+        if not torch.isfinite(mean).any():
+            break
+        # every process must write it, or none: their clocks differ
+        if done < steps and ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
+            save_checkpoint(trial.folder, losses, optimizer, step=done, extra={"mean": mean.tolist(), "spent": spent})
+            saved = time.monotonic()
+    return mean.tolist(), spent / len(trial.seeds)
+
+
+def _shard(batch: Batch, run: Run, part: int, parts: int) -> Batch:
+    """The rows of this process and micro-batch."""
+    rows = slice(run.rank * parts + part, None, run.world * parts)
+    inputs, target = batch
+    return tuple(x[rows].to(run.device) for x in inputs), target[rows].to(run.device)
+
+
+def check_batch(size: int, key: str, accumulate: int, run: Run) -> None:
+    """Every process and micro-batch must get as many rows.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if size % (accumulate * run.world):
+        allowed = f"a multiple of task.accumulate={accumulate} times {run.world} processes"
+        raise ValueError(f"{key}={size}: must be {allowed}")
