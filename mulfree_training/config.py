@@ -96,6 +96,8 @@ class ModelConfig:
     """Probability to skip a branch in the last block, rising linearly from 0 (vit)."""
     eps: float = 1e-6
     """Of the layer norms (vit)."""
+    std: float = 0.02
+    """Of the initial weights (vit, gpt)."""
     layout: list[int] = field(default_factory=lambda: [16, 0, 32, 0, 64])
     """Output channels of the convolutions; 0 is a pooling (plain_conv)."""
     depth: int = 20
@@ -121,6 +123,7 @@ class ModelConfig:
         for key in ("dropout", "drop_path"):
             check(f"model.{key}", getattr(self, key), 0 <= getattr(self, key) < 1, "in [0, 1)")
         check("model.eps", self.eps, self.eps >= 0, ">= 0")
+        check("model.std", self.std, self.std > 0, "> 0")
         layout = self.layout
         check("model.layout", layout, bool(layout) and min(layout) >= 0 and layout[0] > 0, "channels, 0 for a pooling")
         check("model.kernel_size", self.kernel_size, self.kernel_size % 2 == 1, "odd")
@@ -212,7 +215,7 @@ class LanguageConfig:
     name: str = "language"
     vocabulary: str = "characters"
     """`characters` (the `model.vocab` most frequent) or `tokenizer` (`data.tokenizer`)."""
-    steps: int = 300
+    steps: int = 500
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences a step."""

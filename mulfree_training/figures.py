@@ -58,13 +58,14 @@ def rows_of_ablation(records: Records) -> Figure:
     return figure
 
 
-def long_training(records: Records) -> Figure:
-    """Test loss after the short and the long training."""
-    frame = records["language_long"]
+def training_lengths(records: Records) -> Figure:
+    """Test loss after half and all of the steps."""
     arms = ("standard", "matmul", "full")
-    figure, ax = new()
-    samples = [values(frame, arm, "test_nll", mode="min") for arm in arms]
-    bars_with_ci(ax, [name(arm) for arm in arms], samples, "test loss after 600 steps (nats)")
+    figure, axes = new(1, 2, height=3.4)
+    for ax, experiment, title in zip(axes, ("language_short", "language"), ("half of the steps", "all"), strict=True):
+        samples = [values(records[experiment], arm, "test_nll", mode="min") for arm in arms]
+        bars_with_ci(ax, ["float32", "matrix\nproducts", "no multi-\nplication"], samples, "test loss (nats)")
+        ax.set_title(title, loc="left")
     return figure
 
 

@@ -245,9 +245,11 @@ class PAMDropout(Arithmetic, nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape, the same out."""
-        if self.p == 1 and self.training:  # nothing is kept, so there is no factor
+        if not self.training:
+            return input
+        if self.p == 1:  # nothing is kept, so there is no factor
             return input.masked_fill(torch.ones_like(input, dtype=torch.bool), 0.0)
-        return pam_dropout(input, self.p, self.training, **self.arithmetic)
+        return pam_dropout(input, self.p, **self.arithmetic)
 
 
 class PAMGELU(Arithmetic):

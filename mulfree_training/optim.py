@@ -227,7 +227,8 @@ class PAMSGD(_Optimizer):
         maximize: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {**defaults, "maximize": maximize})
+        # torch.optim.SGD cannot load a state without its dampening
+        super().__init__(params, {**defaults, "dampening": 0, "maximize": maximize})
 
     def _check(self, group: Group) -> None:
         super()._check(group)

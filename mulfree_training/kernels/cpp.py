@@ -27,19 +27,24 @@ SWITCH = "COMMON_NATIVE_ISA"
 
 
 @functools.cache
+def levels() -> tuple[str, ...]:
+    """Instruction sets of this processor that the kernels can be built for, the best first."""
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    if platform.machine().lower() not in ("x86_64", "amd64") or not here.startswith("avx"):
+        return ("generic",)
+    return ("avx512", "avx2", "generic") if here.startswith("avx512") else ("avx2", "generic")
+
+
+@functools.cache
 def instruction_set() -> str:
-    """`avx512`, `avx2` or `generic`: what the processor has, at most what the environment asks for.
+    """The one that runs: the best, or what the environment asks for.
 
     Raises:
         ValueError: the environment asks for what the processor lacks.
     """
-    here = torch.backends.cpu.get_cpu_capability().lower()
-    known: tuple[str, ...] = ("avx512", "avx2", "generic") if here.startswith("avx512") else ("avx2", "generic")
-    if not X86 or not here.startswith("avx"):
-        known = ("generic",)
-    wished = os.environ.get(SWITCH, known[0])
-    if wished not in known:
-        raise ValueError(f"{SWITCH}={wished}: must be one of {', '.join(known)} on this processor")
+    wished = os.environ.get(SWITCH, levels()[0])
+    if wished not in levels():
+        raise ValueError(f"{SWITCH}={wished}: must be one of {', '.join(levels())} on this processor")
     return wished
 
 

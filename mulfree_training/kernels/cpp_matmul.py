@@ -15,14 +15,18 @@ _FUNCTIONS = {"matmul_scratch": (ctypes.c_char_p, ctypes.c_void_p), "matmul_run"
 _NUMBERS = struct.Struct("21q")  # struct Numbers of the source
 
 
+_empty = torch.empty
+
+
 @functools.cache
-def _library(level: str | None) -> ctypes.CDLL | None:
+def library(level: str | None = None) -> ctypes.CDLL | None:
+    """The kernels built for an instruction set, by default the best of this processor; None without a compiler."""
     return cpp.library("matmul.cpp", _FUNCTIONS, level or cpp.instruction_set())
 
 
 def available() -> bool:
     """Could the kernels be built?"""
-    return _library(None) is not None
+    return library(None) is not None
 
 
 def matmul(a: Tensor, b: Tensor, shift: int = 0, *, level: str | None = None) -> Tensor:
@@ -42,7 +46,7 @@ def matmul(a: Tensor, b: Tensor, shift: int = 0, *, level: str | None = None) ->
     n, m, k = a.shape
     if b.shape[0] != n or b.shape[1] != k:
         raise ValueError(f"b.shape={tuple(b.shape)}: must be ({n}, {k}, P) for a of shape {tuple(a.shape)}")
-    out = torch.empty(n, m, b.shape[2])
+    out = _empty(n, m, b.shape[2])
     return _run(a, b, None, out, (n, m, k, b.shape[2]), shift, level)
 
 
@@ -67,7 +71,7 @@ def matmul_grad(grad: Tensor, a: Tensor, b: Tensor, shift: int = 0, *, level: st
         raise ValueError(f"b.shape={tuple(b.shape)}: must be ({n}, {k}, P) for a of shape {tuple(a.shape)}")
     if grad.shape != (n, m, p):
         raise ValueError(f"grad.shape={tuple(grad.shape)}: must be ({n}, {m}, {p})")
-    out = torch.empty(n, m, k)
+    out = _empty(n, m, k)
     return _run(grad, b.mT, a, out, (n, m, p, k), shift, level)
 
 
@@ -76,7 +80,7 @@ def _run(
 ) -> Tensor:
     if x.dtype is not torch.float32 or y.dtype is not torch.float32:
         raise TypeError(f"dtype={x.dtype}, {y.dtype}: must be float32")
-    native = _library(level)
+    native = library(level)
     if native is None:
         raise RuntimeError("native=None: must be a library, but there is no C++ compiler")
     pointers = x.data_ptr(), y.data_ptr(), 0 if a is None else a.data_ptr(), out.data_ptr()
@@ -84,6 +88,6 @@ def _run(
     tail = (*tail, shift, a is not None, torch.get_num_threads())
     words = ctypes.c_int64()
     native.matmul_scratch(_NUMBERS.pack(*pointers, 0, *tail), ctypes.byref(words))
-    scratch = torch.empty(words.value, dtype=torch.int32)
+    scratch = _empty(words.value, dtype=torch.int32)
     native.matmul_run(_NUMBERS.pack(*pointers, scratch.data_ptr(), *tail))
     return out

@@ -27,6 +27,16 @@ struct Range {
     }
 };
 
+static inline ivec shuffled(ivec a, ivec b, ivec index) {
+#if defined(__clang__)
+    ivec y;
+    for (int i = 0; i < LANES; i++) y[i] = index[i] < LANES ? a[index[i]] : b[index[i] - LANES];
+    return y;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
 struct Scan {
     ivec high = {}, zero = {};
     uvec low = ~(uvec){};
@@ -38,15 +48,18 @@ struct Scan {
         zero |= above;
     }
     Range range() const {
-        Range found;
-        uint32_t least_above = UINT32_MAX;
-        for (int i = 0; i < LANES; i++) {
-            least_above = low[i] < least_above ? low[i] : least_above;
-            found.high = high[i] > found.high ? high[i] : found.high;
-            found.zero |= zero[i] < 0;
+        uvec least = low;
+        ivec highest = high, found = zero, lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 4
+        for (int half = LANES / 2; half > 0; half >>= 1) {
+            const uvec other = (uvec)shuffled((ivec)least, (ivec)least, lane ^ half);
+            least = least < other ? least : other;
+            highest = most(highest, shuffled(highest, highest, lane ^ half));
+            found |= shuffled(found, found, lane ^ half);
         }
-        if (least_above <= (uint32_t)(INT32_MAX - MIN)) found.low = (int32_t)least_above + MIN;
-        return found;
+        const bool any_normal = least[0] <= (uint32_t)(INT32_MAX - MIN);
+        return {any_normal ? (int32_t)least[0] + MIN : INT32_MAX, highest[0], found[0] < 0};
     }
 };
 
@@ -56,16 +69,6 @@ static inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline ivec part_of(const int32_t *x, int64_t n) { return (ivec)load_part((const float *)x, n, 1.0f); }
 
-static inline ivec shuffled(ivec a, ivec b, ivec index) {
-#if defined(__clang__)
-    ivec y;
-    for (int i = 0; i < LANES; i++) y[i] = index[i] < LANES ? a[index[i]] : b[index[i] - LANES];
-    return y;
-#else
-    return __builtin_shuffle(a, b, index);
-#endif
-}
-
 /* Rows become columns: log2 LANES perfect shuffles. */
 static inline void transpose(ivec (&x)[LANES]) {
     ivec low, high;
@@ -73,6 +76,7 @@ static inline void transpose(ivec (&x)[LANES]) {
         low[i] = (i >> 1) + (i & 1 ? LANES : 0);
         high[i] = low[i] + LANES / 2;
     }
+#pragma GCC unroll 4
     for (int step = 1; step < LANES; step += step) {
         ivec y[LANES];
 #pragma GCC unroll 16
@@ -99,9 +103,10 @@ static void copy(Matrix x, int64_t rows, int64_t columns, int32_t *to, int64_t s
             for (int64_t i = 0; i < rows; i += LANES) {
                 ivec block[LANES];
                 const int64_t count = fewer(LANES, rows - i);
+                const int32_t *from = x.data + i + j * x.column;
                 for (int l = 0; l < LANES; l++) {
-                    const int32_t *from = x.data + i + fewer(j + l, columns - 1) * x.column;
                     block[l] = count == LANES ? load(from) : part_of(from, count);
+                    from += j + l + 1 < columns ? x.column : 0;
                 }
                 transpose(block);
                 if (count == LANES)
@@ -204,18 +209,19 @@ struct Item {
         }
         y_ranges[panel] = scan.range();
     }
-    void pack_group(int64_t group) {
-        const Matrix from = x.from(group * s.group, 0);
-        if (s.copy_x) copy(from, rows(group), t.depth, copied + group * s.group * s.x_step, s.x_step);
-        x_ranges[group] = range_of_rows(rows_of(group), rows(group), t.depth);
-    }
     Matrix rows_of(int64_t group) const {
         if (!s.copy_x) return x.from(group * s.group, 0);
         return {copied + group * s.group * s.x_step, s.x_step, 1};
     }
     void pack(int64_t rank, int64_t team) {
         for (int64_t i = rank; i < s.panels; i += team) pack_panel(i);
-        for (int64_t i = rank; i < s.groups; i += team) pack_group(i);
+        const int64_t first = s.groups * rank / team, last = s.groups * (rank + 1) / team;
+        if (s.copy_x && first < last) {
+            /* all at once: whole lines of a transposed matrix */
+            const int64_t row = first * s.group, count = fewer(last * s.group, t.rows) - row;
+            copy(x.from(row, 0), count, t.depth, copied + row * s.x_step, s.x_step);
+        }
+        for (int64_t i = first; i < last; i++) x_ranges[i] = range_of_rows(rows_of(i), rows(i), t.depth);
     }
     int kind_of_product(const Range &left, const Range &right) const {
         const int64_t excess = bias();
@@ -274,8 +280,7 @@ struct Item {
                     t.depth, left.data + i * left.row, left.row, limits + i * s.x_step, s.x_step, factors,
                     panels + panel * s.panel_size, bias(), out + m * t.width + panel * WIDE, t.width, width};
                 const int own_kind = scan.range().high > INF ? GUARDED : kind;
-                if (width > LANES) derivative_block<2>(own_kind, tile, count);
-                else derivative_block<1>(own_kind, tile, count);
+                derivative_block<PANEL>(own_kind, tile, count);
             }
         }
     }
@@ -293,8 +298,7 @@ struct Item {
             float *to = out + group * s.group * t.width + panel * WIDE;
             const Product tile = {t.depth, left.data, left.row, panels + panel * s.panel_size, limits,
                                   bias(), to, t.width, columns(panel)};
-            if (columns(panel) > LANES) product_block<2>(kind, tile, rows(group));
-            else product_block<1>(kind, tile, rows(group));
+            product_block<PANEL>(kind, tile, rows(group));
         }
     }
 };

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 enum { LANES = 16 };
 #elif defined(__AVX2__)
 enum { LANES = 8 };
@@ -34,25 +35,31 @@ static inline void store(int32_t *x, ivec value) { *(ivec *)x = value; }
 static inline ivec all(int32_t x) { return x - (ivec){}; }
 static inline vec all(float x) { return x - (vec){}; }
 
-/* The first n < LANES entries; the others are `fill`. In pieces, because a memcpy of any other length is a call. */
+/* The first n < LANES entries; the others are `fill`. */
 static inline vec load_part(const float *x, int64_t n, float fill) {
-    float y[LANES];
+#if defined(__AVX512F__)
+    return (vec)_mm512_mask_loadu_ps((__m512)all(fill), (__mmask16)((1u << n) - 1), x);
+#else
+    float y[LANES]; /* in pieces, because a memcpy of any other length is a call */
     store(y, all(fill));
     int64_t i = 0;
-    if (n & 8) memcpy(y, x, 32), i = 8;
-    if (n & 4) memcpy(y + i, x + i, 16), i += 4;
+    if (n & 4) memcpy(y, x, 16), i = 4;
     if (n & 2) memcpy(y + i, x + i, 8), i += 2;
     if (n & 1) memcpy(y + i, x + i, 4);
     return load(y);
+#endif
 }
 static inline void store_part(float *x, int64_t n, vec value) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(x, (__mmask16)((1u << n) - 1), (__m512)value);
+#else
     float y[LANES];
     store(y, value);
     int64_t i = 0;
-    if (n & 8) memcpy(x, y, 32), i = 8;
-    if (n & 4) memcpy(x + i, y + i, 16), i += 4;
+    if (n & 4) memcpy(x, y, 16), i = 4;
     if (n & 2) memcpy(x + i, y + i, 8), i += 2;
     if (n & 1) memcpy(x + i, y + i, 4);
+#endif
 }
 
 /* Sums of patterns wrap around: signed vectors may not. */

@@ -179,9 +179,11 @@ static void guarded_derivative(const Derivative &t, int64_t rows) {
     }
 }
 
-/* All rows of a block, in tiles of nearly equal height. */
+/* All rows of a block, in tiles of nearly equal height; N is at least the number of vectors in a row. */
 template <int N>
 static void product_block(int kind, Product t, int64_t rows) {
+    if constexpr (N > 1)
+        if (t.columns <= (N - 1) * LANES) return product_block<N - 1>(kind, t, rows);
     if (kind == GUARDED) return guarded_product<N>(t, rows);
     const int64_t highest = kind == PLAIN ? PLAIN_ROWS : MASKED_ROWS;
     for (int64_t tiles = (rows + highest - 1) / highest; tiles > 0; tiles--) {
@@ -201,6 +203,8 @@ static void product_block(int kind, Product t, int64_t rows) {
 
 template <int N>
 static void derivative_block(int kind, const Derivative &t, int64_t rows) {
+    if constexpr (N > 1)
+        if (t.columns <= (N - 1) * LANES) return derivative_block<N - 1>(kind, t, rows);
     switch (kind) {
         case PLAIN: return derivative_rows<PLAIN, N, SLOPE_ROWS>(t, rows);
         case BOTH: return derivative_rows<BOTH, N, SLOPE_ROWS>(t, rows);

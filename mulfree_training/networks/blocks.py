@@ -123,7 +123,7 @@ def causal_mask(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
-def initialise(module: nn.Module, std: float = 0.02) -> None:
+def initialise(module: nn.Module, std: float) -> None:
     """Weights of linear layers and embeddings from normal(0, std) cut at two std (ViT, GPT), biases zero."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):

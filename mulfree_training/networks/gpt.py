@@ -19,6 +19,7 @@ class GPT(nn.Module):
         d_hidden: width of the hidden layers.
         activation: `relu` or `gelu`.
         dropout: on the embeddings and every branch.
+        std: of the initial weights.
 
     Input ids int64 (B, T), output logits of the next token (B, T, V).
     """
@@ -33,6 +34,7 @@ class GPT(nn.Module):
         d_hidden: int = 128,
         activation: str = "relu",
         dropout: float = 0.0,
+        std: float = 0.02,
     ) -> None:
         super().__init__()
         self.context = context
@@ -43,7 +45,7 @@ class GPT(nn.Module):
         )
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab, bias=False)
-        initialise(self)
+        initialise(self, std)
         self.head.weight = self.token.weight
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class ViT(nn.Module):
         dropout: on every branch.
         drop_path: probability to skip a branch in the last block, rising linearly from 0.
         eps: of the layer norms.
+        std: of the initial weights.
 
     Input images (B, in_channels, image_size, image_size), output logits (B, classes).
     """
@@ -42,6 +43,7 @@ class ViT(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        std: float = 0.02,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -56,9 +58,9 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(d_model, eps)
         self.head = nn.Linear(d_model, classes)
-        initialise(self)
-        nn.init.trunc_normal_(self.class_token, std=0.02)
-        nn.init.trunc_normal_(self.position, std=0.02)
+        initialise(self, std)
+        nn.init.trunc_normal_(self.class_token, std=std, a=-2 * std, b=2 * std)
+        nn.init.trunc_normal_(self.position, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes)."""
