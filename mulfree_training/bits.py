@@ -6,7 +6,6 @@ an integer it is, up to a shift, E + M: a piecewise affine log2 |x| (section 2 o
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 
@@ -95,8 +94,8 @@ def offset(alpha: float | None) -> int:
     """
     if alpha is None:
         return 0
-    if not (math.isfinite(alpha) and 0.5 < alpha < 2):
-        raise ValueError(f"alpha={alpha}: must be in (0.5, 2), or None")
+    if not (isinstance(alpha, (int, float)) and 0.5 < alpha < 2):
+        raise ValueError(f"alpha={alpha!r}: must be in (0.5, 2), or None")
     return pattern(alpha) - FLOAT32.one
 
 

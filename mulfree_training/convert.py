@@ -211,17 +211,17 @@ class _Plan:
         if isinstance(module, PAMAttention):
             had = module.products, module.normaliser
         wanted = self._wanted(had)
-        self._note_ordinary(path, type(module).__name__, wanted)
+        self._note_ordinary(path, wanted)
         if wanted == had:
             return isinstance(module, PAMAttention)
         note = f" (products {wanted[0]}, normaliser {wanted[1]})"
         self._change(path, module, PAMAttention, note, products=wanted[0], normaliser=wanted[1])
         return True
 
-    def _note_ordinary(self, path: str, name: str, kinds: tuple[Kind, Kind]) -> None:
+    def _note_ordinary(self, path: str, kinds: tuple[Kind, Kind]) -> None:
         parts = [part for part, kind in zip(("products", "normaliser"), kinds, strict=True) if kind == "standard"]
         if parts:
-            self.report.left[path] = f"{name}, {' and '.join(parts)} {OUTSIDE}"
+            self.report.left[path] = f"attention, {' and '.join(parts)} {OUTSIDE}"
 
     def _fused(self, path: str, module: nn.Module, changed: bool) -> None:
         """What PyTorch's transformer layers do past their submodules: a function as activation, fused inference."""
@@ -265,7 +265,7 @@ class _Plan:
             skipped = any(self._skips(p) for p in ancestors)
             wanted = had if skipped else self._wanted(had)
             if not skipped:
-                self._note_ordinary(place, type(module).__name__, wanted)
+                self._note_ordinary(place, wanted)
             if wanted == had and (skipped or now == self._hub.NAME):
                 settings = {**(options or self._hub.DEFAULTS), "products": had[0], "normaliser": had[1]}
             else:

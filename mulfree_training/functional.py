@@ -6,6 +6,7 @@ in C++ and composed of the primitives on other faces; `formulas` writes them out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -88,6 +89,8 @@ def _along(function: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
         raise ValueError("x of shape (): must have a dimension")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim}: must be in [{-x.dim()}, {x.dim() - 1}]")
+    if not x.numel():
+        return x.clone()  # a maximum of nothing does not exist
     if dim in (-1, x.dim() - 1):
         return in_single(function, x)
     return in_single(function, x.movedim(dim, -1)).movedim(-1, dim)
@@ -172,13 +175,13 @@ def pam_layer_norm(
             raise ValueError(f"{name} of shape {tuple(x.shape)}: must be {shape}")
         if x is not None and x.dtype != input.dtype:
             raise TypeError(f"{name} of dtype {x.dtype}: must be {input.dtype}, as the input")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps={eps}: must be >= 0")
     rest = eps, offset(alpha), is_exact(derivative), backend
 
     def rows(x: Tensor) -> Tensor:
         own = (p if p is None else p.to(x.dtype).reshape(-1) for p in (weight, bias))
-        flat = x.reshape(-1, *shape).flatten(1)  # (R, n)
+        flat = x.reshape(math.prod(x.shape[: -len(shape)]), math.prod(shape))  # (R, n)
         return _LayerNorm.apply(flat, *own, *rest).view(input.shape)
 
     return in_single(rows, input)
@@ -220,7 +223,11 @@ def pam_cross_entropy(
     logits = input.movedim(1, -1) if input.dim() > 2 else input  # (B, …, V)
     lp = pam_log_softmax(logits, derivative=derivative, alpha=alpha, lse_log2=lse_log2, backend=backend)
     counts = target != ignore_index
-    own = -lp.gather(-1, target.where(counts, 0)[..., None])[..., 0]  # (B, …)
+    try:
+        own = -lp.gather(-1, target.where(counts, 0)[..., None])[..., 0]  # (B, …)
+    except RuntimeError as error:
+        wrong = target[counts & ((target < 0) | (target >= lp.shape[-1]))]
+        raise IndexError(f"target={wrong[0]}: must be in [0, {lp.shape[-1]}) or {ignore_index}") from error
     own = own.where(counts, 0.0)
     others = None
     if label_smoothing:
@@ -243,6 +250,8 @@ def _check_targets(
         raise ValueError(
             f"target of shape {tuple(target.shape)}: must be (B, …) for input (B, V, …) of shape {tuple(input.shape)}"
         )
+    if target.device != input.device:
+        raise ValueError(f"target on {target.device}: must be on {input.device}, as input")
     if target.dtype is not torch.int64:
         raise TypeError(f"target of dtype {target.dtype}: must be int64, class indices")
     if reduction not in ("mean", "sum", "none"):

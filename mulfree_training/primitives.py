@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mulfree_training.arguments import Rule, Rules, are_exact, check_dtype, check_pair, in_single, is_exact
+from mulfree_training.arguments import DTYPES, Rule, Rules, are_exact, check_dtype, check_pair, in_single, is_exact
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 
@@ -232,7 +232,9 @@ def pam_pow(
 ) -> Tensor:
     """exp2(PAM(log2 x, p)) of x >= 0 with a constant exponent; 0 at 0 for p > 0, NaN for negative x."""
     options: dict[str, Any] = {"derivative": derivative, "alpha": alpha, "backend": backend}
-    return pam_exp2(pam_mul(pam_log2(x, **options), p, **options), **options)
+    check_dtype("x", x)
+    # as one function, so that bfloat16 is rounded once
+    return in_single(lambda x: pam_exp2(pam_mul(pam_log2(x, **options), p, **options), **options), x)
 
 
 class _Rescaled(torch.autograd.Function):
@@ -274,6 +276,8 @@ def _binary(
         x, y = torch.broadcast_tensors(x, y)
     except RuntimeError as error:
         raise ValueError(f"b of shape {tuple(y.shape)}: must broadcast with a of shape {tuple(x.shape)}") from error
+    if a is b:
+        y = y.view_as(y)  # torch.compile does not take one tensor for both arguments
     return in_single(lambda x, y: function.apply(x, y, *rest), x, y)
 
 
@@ -283,4 +287,5 @@ def _number(name: str, value: Any, other: Any) -> Tensor:
         raise TypeError(f"{name}={value!r}: must be a tensor or a number")
     if not isinstance(other, Tensor):
         raise TypeError(f"{name}={value!r}: one of a and b must be a tensor")
-    return other.new_full((), value) if other.dtype.is_floating_point else other
+    # of a dtype that is refused, it is the tensor that the error is to name
+    return other.new_full((), value, dtype=other.dtype if other.dtype in DTYPES else torch.float32)

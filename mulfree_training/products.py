@@ -86,13 +86,13 @@ def _batched(a: Tensor, b: Tensor, rest: tuple[Any, ...]) -> Tensor:
     """Bring leading dimensions together: one batch dimension, or the rows of A where B has none."""
     if b.dim() == 2:
         # one matrix for all: the leading dimensions are rows, whose gradient for B is one product too
-        rows = a.reshape(1, -1, a.shape[-1])
+        rows = a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1])
         return _MatMul.apply(rows, b[None], *rest)[0].reshape(*a.shape[:-1], b.shape[-1])
     try:
         lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except RuntimeError as error:
         raise ValueError(f"B of shape {tuple(b.shape)}: must broadcast with A of shape {tuple(a.shape)}") from error
-    a, b = (x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    a, b = (x.expand(*lead, *x.shape[-2:]).reshape(math.prod(lead), *x.shape[-2:]) for x in (a, b))
     return _MatMul.apply(a, b, *rest).reshape(*lead, a.shape[1], b.shape[2])
 
 
@@ -106,6 +106,10 @@ def pam_linear(
     backend: str = "",
 ) -> Tensor:
     """`F.linear` with PAM: input (…, K), weight (P, K), bias (P,) -> (…, P). The rest as in `pam_matmul`."""
+    check_pair(("input", "weight"), input, weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: must be (P, K)")
+    _check_bias(bias, weight)
     out = pam_matmul(input, weight.mT, derivative=derivative, alpha=alpha, backend=backend)
     return out if bias is None else out + bias
 
@@ -137,15 +141,22 @@ def pam_conv2d(
     Raises:
         ValueError: shapes that do not fit; the rest as `pam_matmul`.
     """
+    check_pair(("input", "weight"), input, weight)
     if input.dim() != 4 or weight.dim() != 4:
         raise ValueError(
             f"input of shape {tuple(input.shape)}, weight of {tuple(weight.shape)}: must have 4 dimensions"
         )
+    (sh, sw), (ph, pw), (dh, dw) = (_pair(x) for x in (stride, padding, dilation))
+    for name, value, least in (("stride", (sh, sw), 1), ("padding", (ph, pw), 0), ("dilation", (dh, dw), 1)):
+        if min(value) < least:
+            raise ValueError(f"{name}={value}: must be >= {least}")
+    if groups < 1:
+        raise ValueError(f"groups={groups}: must be >= 1")
     if input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         fits = f"(a multiple of groups={groups}, {input.shape[1]} / groups, h, w)"
         raise ValueError(f"weight of shape {tuple(weight.shape)}: must be {fits}")
+    _check_bias(bias, weight)
     kernel = weight.shape[2:]
-    (sh, sw), (ph, pw), (dh, dw) = (_pair(x) for x in (stride, padding, dilation))
     height = (input.shape[2] + 2 * ph - dh * (kernel[0] - 1) - 1) // sh + 1
     width = (input.shape[3] + 2 * pw - dw * (kernel[1] - 1) - 1) // sw + 1
     if height < 1 or width < 1:
@@ -154,11 +165,20 @@ def pam_conv2d(
     columns = columns.transpose(1, 2).unflatten(2, (groups, -1))  # (B, H' W', groups, C h w / groups)
     # all positions of all images are rows of one product a group
     rows = columns.flatten(0, 1).transpose(0, 1)  # (groups, B H' W', C h w / groups)
-    filters = weight.reshape(groups, -1, math.prod(weight.shape[1:])).mT  # (groups, C h w / groups, C' / groups)
+    filters = weight.reshape(groups, weight.shape[0] // groups, rows.shape[2]).mT  # (groups, C h w / groups, C' / groups)
     out = pam_matmul(rows, filters, derivative=derivative, alpha=alpha, backend=backend)
-    out = out.transpose(0, 1).reshape(input.shape[0], height * width, -1)  # (B, H' W', C')
+    out = out.transpose(0, 1).reshape(input.shape[0], height * width, weight.shape[0])  # (B, H' W', C')
     out = out if bias is None else out + bias
     return out.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """One number an output, of the weight's dtype: else a sum would widen the result, or its shape."""
+    if bias is None:
+        return
+    check_pair(("weight", "bias"), weight, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias of shape {tuple(bias.shape)}: must be {tuple(weight.shape[:1])}")
 
 
 def _pair(x: int | tuple[int, int]) -> tuple[int, int]:

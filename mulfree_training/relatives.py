@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-BLOCK = 64
+BLOCK = 32
 """Rows of a chunk in the gradient of `AdderLinear`, which compares every input with every weight."""
 
 
@@ -38,10 +38,11 @@ class _Adder(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         g_weight = grad.mT @ x - grad.sum(0)[:, None] * weight
-        pairs = zip(x.split(BLOCK), grad.split(BLOCK), strict=True)
-        # (rows, outputs, inputs)
-        g_x = [torch.einsum("rok,ro->rk", (weight - rows[:, None]).clamp(-1, 1), part) for rows, part in pairs]
-        return torch.cat(g_x), g_weight
+        g_x = torch.empty_like(x)
+        for own, rows, part in zip(g_x.split(BLOCK), x.split(BLOCK), grad.split(BLOCK), strict=True):
+            difference = (weight - rows[:, None]).clamp_(-1, 1)  # (rows, outputs, inputs)
+            own.copy_((part[:, None] @ difference)[:, 0])
+        return g_x, g_weight
 
 
 class AdderLinear(nn.Linear):

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.data.pairs import PADDING
 from common.models import stacked
 from common.models.attention import NormalLinear, merge_heads, split_heads
 from common.models.stacked import Embedding, LayerNorm, Linear, chunk
 
-PADDING = 1
-"""Id of the padding token in both languages (fairseq's)."""
 QKV_GAIN = 1 / math.sqrt(2)
 
 

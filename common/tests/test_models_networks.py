@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.data.pairs import PADDING
 from common.models import ModelConfig, build
 from common.models.attention import PreNormBlock
 from common.models.resnet import Block, ResNet
 from common.models.stacked_conv import Conv2d
-from common.models.translation import PADDING, Layer, sinusoids
+from common.models.translation import Layer, sinusoids
 
 torch.set_num_threads(1)
 TOLERANCE = 1000 * torch.finfo(torch.float64).eps

@@ -4,70 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from common.claims import Control
-from common.pairing import both, rows
-from common.statistics import Outcome, equivalence, noninferior, paired_greater
+from common.pairing import Array, both
+from common.statistics import Outcome, equivalence, paired_greater
 from mulfree_training.names import name
 
 if TYPE_CHECKING:
     from common.records import Records
 
-Array = NDArray[np.float64]
 Test = Callable[["Records"], Outcome]
 UNKNOWN = "not established"
 BANDS = "Bars: 95 % t interval of the mean over seeds; dots: seeds."
 ACCURACY, NLL = "test_accuracy", "test_nll"
-UNITS = {ACCURACY: "points", NLL: "nats"}
 
 
-def better_by(frame: pd.DataFrame, arm: str, other: str, metric: str) -> tuple[Array, Array]:
-    """`metric` of two arms, signed so that more is better, over the seeds that both have."""
-    own, theirs = both(frame, arm, other, metric, mode="max" if metric == ACCURACY else "min")
-    return (own, theirs) if metric == ACCURACY else (-own, -theirs)
+def unit(metric: str) -> str:
+    """Of a metric's differences."""
+    return "points" if metric == ACCURACY else "nats"
 
 
-def levels(frame: pd.DataFrame, *arms: str, metric: str) -> str:
-    """Means in words."""
-    found = [f"{name(arm)} {rows(frame, arm=arm)[metric].mean():.4g}" for arm in arms]
-    return f"{metric.replace('_', ' ')}: {'; '.join(found)}"
+def table(records: Records, experiment: str) -> pd.DataFrame:
+    """The records of an experiment.
+
+    Raises:
+        ValueError: it has none at this scale.
+    """
+    frame = records[experiment]
+    if frame.empty:
+        raise ValueError(f"experiment={experiment}: has no records at this scale")
+    return frame
+
+
+def pair(frame: pd.DataFrame, arm: str, other: str, metric: str) -> tuple[Array, Array]:
+    """`metric` of two arms by seed, over the seeds that both have; a diverged run counts as the worst."""
+    mode: Literal["max", "min"] = "max" if metric == ACCURACY else "min"
+    return both(frame, arm, other, metric, mode=mode)
+
+
+def gaps(frame: pd.DataFrame, arm: str, other: str, metric: str) -> pd.Series:
+    """`metric` of an arm less that of another, seed -> number, over the seeds that both have."""
+    own, theirs = pair(frame, arm, other, metric)
+    seeds = set(frame["seed"][frame["arm"] == arm]) & set(frame["seed"][frame["arm"] == other])
+    return pd.Series(own - theirs, index=sorted(seeds))
+
+
+def _better(experiment: str, arm: str, other: str, metric: str, allowed: float, word: str) -> Test:
+    """Accuracy of `arm` less that of `other` is above -allowed, or its loss less the other's is below allowed."""
+
+    def test(records: Records) -> Outcome:
+        own, theirs = pair(table(records, experiment), arm, other, metric)
+        if metric == ACCURACY:
+            outcome = paired_greater(own, theirs, -allowed)
+            words = f"difference > {-allowed if allowed else 0:g}"
+        else:
+            # the effect is arm less other here too, as in the figures, so that a positive one is a loss
+            outcome = paired_greater(theirs, own, -allowed)
+            low, high = -outcome.ci_high, -outcome.ci_low
+            outcome = replace(outcome, effect=-outcome.effect, ci_low=low, ci_high=high)
+            words = f"difference < {allowed:g}"
+        words = f"{word}paired one-sided t: {words}"
+        return replace(outcome, test=words, unit=unit(metric), detail=_levels(arm, own, other, theirs, metric))
+
+    return test
+
+
+def _levels(arm: str, own: Array, other: str, theirs: Array, metric: str) -> str:
+    """Means of what was compared, in words."""
+    means = f"{name(arm)} {own.mean():.4g}; {name(other)} {theirs.mean():.4g}"
+    return f"{metric.replace('_', ' ')}: {means}"
 
 
 def keeps(experiment: str, arm: str, metric: str, margin: float, baseline: str = "standard") -> Test:
-    """`arm` is not worse than the baseline by `margin` or more, paired over seeds."""
-
-    def test(records: Records) -> Outcome:
-        frame = records[experiment]
-        outcome = noninferior(*better_by(frame, arm, baseline, metric), margin, unit=UNITS.get(metric, "nats"))
-        return replace(outcome, detail=levels(frame, arm, baseline, metric=metric))
-
-    return test
+    """`arm` is not worse than the baseline by `margin` or more, paired over seeds; effect: arm less baseline."""
+    return _better(experiment, arm, baseline, metric, margin, "non-inferiority, ")
 
 
-def beats(experiment: str, arm: str, other: str, metric: str, margin: float = 0.0) -> Test:
-    """`arm` is better than `other` by more than `margin`, paired over seeds."""
-
-    def test(records: Records) -> Outcome:
-        frame = records[experiment]
-        outcome = paired_greater(*better_by(frame, arm, other, metric), margin, unit=UNITS.get(metric, "nats"))
-        return replace(outcome, detail=levels(frame, arm, other, metric=metric))
-
-    return test
+def beats(experiment: str, arm: str, other: str, metric: str) -> Test:
+    """`arm` is better than `other`, paired over seeds; effect: arm less other."""
+    return _better(experiment, arm, other, metric, 0.0, "")
 
 
 def equals(experiment: str, arm: str, other: str, metric: str, margin: float) -> Test:
-    """The difference of two arms lies within `margin` on either side (TOST), paired over seeds."""
+    """The difference arm less other lies within `margin` on either side (TOST), paired over seeds."""
 
     def test(records: Records) -> Outcome:
-        frame = records[experiment]
-        own, theirs = better_by(frame, arm, other, metric)
-        outcome = equivalence(own - theirs, -margin, margin, unit=UNITS.get(metric, "nats"))
-        return replace(outcome, detail=levels(frame, arm, other, metric=metric))
+        own, theirs = pair(table(records, experiment), arm, other, metric)
+        outcome = equivalence(own - theirs, -margin, margin, unit=unit(metric))
+        return replace(outcome, detail=_levels(arm, own, other, theirs, metric))
 
     return test
 
@@ -77,14 +104,14 @@ def worsened(experiment: str, arms: tuple[str, ...], points: float = 8.0, nats: 
 
     def apply(records: Records) -> Records:
         frame = records[experiment]
-        hit = frame["arm"].isin(arms)
-        if not hit.any():
-            raise ValueError(f"worsened: none of the arms {', '.join(arms)} is in experiment {experiment!r}")
-        changed = {}
-        for column in frame.columns:
+        missing = [arm for arm in arms if not (frame["arm"] == arm).any()]
+        if missing:
+            raise ValueError(f"worsened: arm {missing[0]!r} is not in experiment {experiment!r}")
+        hit, changed = frame["arm"].isin(arms), {}
+        for column in map(str, frame.columns):
             if column == ACCURACY:
                 changed[column] = frame[column] - hit * points
-            elif str(column).startswith(NLL):
+            elif column.startswith(NLL):
                 changed[column] = frame[column] + hit * nats
         return records.replace(experiment, frame.assign(**changed))
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common.claims import Claim, chain
-from common.pairing import both
-from common.statistics import Outcome, mean_greater, mean_less
+from common.statistics import Outcome, every, mean_greater, mean_less
 from mulfree_training import figures
-from mulfree_training.judging.samples import ACCURACY, BANDS, NLL, UNKNOWN, Test, beats, equals, keeps, worsened
+from mulfree_training.judging.samples import (
+    ACCURACY,
+    BANDS,
+    NLL,
+    UNKNOWN,
+    Test,
+    beats,
+    equals,
+    gaps,
+    keeps,
+    table,
+    worsened,
+)
 from mulfree_training.names import ROWS, name
 
 if TYPE_CHECKING:
@@ -28,16 +37,18 @@ TEXT = "character GPT on English prose"
 
 
 def calibration(experiment: str) -> Test:
-    """More than half of the exact rule's loss against the approximate one goes when one temperature is refitted."""
+    """The exact rule costs likelihood, and more than half of it goes when one temperature is refitted.
+
+    Effect: the gap, or half of it less the gap that is left, whichever is less clear.
+    """
 
     def test(records: Records) -> Outcome:
-        frame = records[experiment]
-        gaps = []
-        for metric in (NLL, f"{NLL}_tempered"):
-            exact, approx = both(frame, "full_exact", "full", metric, mode="min")
-            gaps.append(exact - approx)
-        outcome = mean_greater(gaps[0] - 2 * gaps[1], 0.0, unit="nats")
-        return replace(outcome, detail=f"gap {gaps[0].mean():.3f}, tempered {gaps[1].mean():.3f} nats")
+        frame = table(records, experiment)
+        gap, left = (gaps(frame, "full_exact", "full", metric).to_numpy() for metric in (NLL, f"{NLL}_tempered"))
+        tests = [mean_greater(x, 0.0, unit="nats") for x in (gap, gap / 2 - left)]
+        outcome = every(tests, ["the gap", "half of the gap less what is left"])
+        words = f"{outcome.detail}; gap {gap.mean():.3f}, left with a temperature {left.mean():.3f} nats"
+        return replace(outcome, detail=words)
 
     return test
 
@@ -46,11 +57,9 @@ def growth(arm: str) -> Test:
     """The loss against float32 after all steps is less than `NATS` above that after half of them, paired by seed."""
 
     def test(records: Records) -> Outcome:
-        late, early = (
-            np.subtract(*both(records[experiment], arm, "standard", NLL, mode="min"))
-            for experiment in (LANGUAGE, "language_short")
-        )
-        outcome = mean_less(late - early, NATS, unit="nats")
+        late, early = (gaps(table(records, x), arm, "standard", NLL) for x in (LANGUAGE, "language_short"))
+        late, early = late.align(early, join="inner")
+        outcome = mean_less((late - early).to_numpy(), NATS, unit="nats")
         return replace(outcome, detail=f"{name(arm)}: {early.mean():.3f} early, {late.mean():.3f} nats late")
 
     return test
@@ -60,7 +69,7 @@ CLAIMS = [
     Claim(
         id="C1",
         title="Piecewise affine matrix products cost little",
-        statement="Transformers train as well with piecewise affine matrix products, hyper-parameters unchanged.",
+        statement="Transformers train nearly as well with piecewise affine matrix products and no other change.",
         source="abstract; official commands for DeiT and IWSLT14",
         paper_value=UNKNOWN,
         experiments=(VISION, LANGUAGE),
@@ -75,8 +84,8 @@ CLAIMS = [
     ),
     Claim(
         id="C1.growth",
-        title="The gap does not grow with training",
-        statement="What piecewise affine products cost in language is no larger after twice the steps.",
+        title="The gap hardly grows with training",
+        statement="What piecewise affine arithmetic costs in language is hardly larger after twice the steps.",
         source="ours: a short training might hide it",
         paper_value=UNKNOWN,
         experiments=(LANGUAGE, "language_short"),
@@ -91,7 +100,7 @@ CLAIMS = [
     Claim(
         id="C2",
         title="Convolutional networks too",
-        statement="Convolutional networks train as well with piecewise affine convolutions and linear layers.",
+        statement="Convolutional networks train nearly as well with piecewise affine convolutions and linear layers.",
         source="CIFAR-10 experiments (official commands: VGG13, ResNets, ResNeXt, ConvMixer)",
         paper_value=UNKNOWN,
         experiments=("convolution",),
@@ -158,7 +167,7 @@ CLAIMS = [
     Claim(
         id="C5.matmul",
         title="In matrix products alone the rule hardly matters",
-        statement="With only matrix products piecewise affine, both rules train to the same likelihood.",
+        statement="With only matrix products piecewise affine, both rules train to nearly the same likelihood.",
         source="both rules are in the official code",
         paper_value=UNKNOWN,
         experiments=(VISION, LANGUAGE),
@@ -171,7 +180,7 @@ CLAIMS = [
     ),
     Claim(
         id="C5.loss",
-        title="It is the loss where the exact rule hurts",
+        title="The exact rule hurts in the loss",
         statement="The exact rule descends the piecewise affine loss itself, whose optimum is not that of the "
         "cross-entropy that is measured: with the approximate rule in the loss alone, it does better.",
         source="ours: a reason for C5",
@@ -191,7 +200,10 @@ CLAIMS = [
         source="ours: a reason for C5",
         paper_value=UNKNOWN,
         experiments=(VISION, LANGUAGE),
-        parts={"vision": calibration(VISION), "language": calibration(LANGUAGE)},
+        parts={
+            "vision: over half of the gap goes": calibration(VISION),
+            "language: over half of the gap goes": calibration(LANGUAGE),
+        },
         control=chain(worsened(VISION, ("full_exact",)), worsened(LANGUAGE, ("full_exact",))),
         caption="See the figure of C5.",
     ),
@@ -229,7 +241,7 @@ CLAIMS = [
             "matrix products above AdderNet's": beats(VISION, "matmul", "adder", ACCURACY),
             "no multiplication above AdderNet's": beats(VISION, "full", "adder", ACCURACY),
         },
-        control=worsened(VISION, ("matmul", "full"), points=20.0),
+        control=worsened(VISION, ("matmul", "full"), points=100.0),
         figure=figures.baselines,
         caption=f"Test accuracy on {IMAGES}. {BANDS}",
         note="AdderNet's distances stand in the hidden layers only, at the learning rate that suits them best; its "
@@ -244,13 +256,13 @@ CLAIMS = [
         paper_value=UNKNOWN,
         experiments=(VISION,),
         parts={"matrix products above powers of two": beats(VISION, "matmul", "power_of_two", ACCURACY)},
-        control=worsened(VISION, ("matmul",)),
+        control=worsened(VISION, ("matmul",), points=100.0),
         caption="See the figure of C10.",
     ),
     Claim(
         id="C1.paper",
         title="Paper scale: DeiT-Ti on CIFAR-10",
-        statement="DeiT-Ti with piecewise affine matrix products is as accurate on CIFAR-10.",
+        statement="DeiT-Ti with piecewise affine matrix products is nearly as accurate on CIFAR-10.",
         source="official command",
         paper_value=UNKNOWN,
         experiments=(VISION,),
@@ -261,7 +273,7 @@ CLAIMS = [
     Claim(
         id="C1.imagenet",
         title="Paper scale: DeiT-Ti on ImageNet",
-        statement="DeiT-Ti with piecewise affine matrix products is as accurate on ImageNet.",
+        statement="DeiT-Ti with piecewise affine matrix products is nearly as accurate on ImageNet.",
         source="official command",
         paper_value=UNKNOWN,
         experiments=("imagenet",),
@@ -272,7 +284,8 @@ CLAIMS = [
     Claim(
         id="C2.paper",
         title="Paper scale: five networks on CIFAR-10",
-        statement="VGG13, ResNet-20 and 110, ResNeXt-20 and ConvMixer are as accurate with piecewise affine products.",
+        statement="VGG13, ResNet-20 and 110, ResNeXt-20 and ConvMixer are nearly as accurate with piecewise affine "
+        "products.",
         source="official commands",
         paper_value=UNKNOWN,
         experiments=("convolution",),
@@ -288,7 +301,7 @@ CLAIMS = [
     Claim(
         id="C4.paper",
         title="Paper scale: IWSLT14 German-English, row by row",
-        statement="The translation transformer keeps its likelihood through all rows of the ablation.",
+        statement="The translation transformer nearly keeps its likelihood through all rows of the ablation.",
         source="ablation on IWSLT14",
         paper_value=UNKNOWN,
         experiments=("translation",),

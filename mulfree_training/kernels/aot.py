@@ -6,6 +6,8 @@ layouts of the backward pass, b transposed ("nt") and a transposed ("tn").
 
 from __future__ import annotations
 
+from typing import Any
+
 from common.kernels.aot import Budget, Kernel
 from mulfree_training.kernels import triton_elementwise as elementwise
 from mulfree_training.kernels import triton_matmul as matrices
@@ -14,7 +16,7 @@ from mulfree_training.kernels.triton_matmul import CANDIDATES, MODES, Tile
 BUDGET = Budget()
 FUNCTIONS = {"matmul": matrices.matmul_kernel, "matmul_grad": matrices.matmul_grad_kernel}
 # layout -> the strides that are 1; the gradient has the result's rows and the inner index
-UNIT = {
+UNIT: dict[str, dict[str, tuple[str, ...]]] = {
     "matmul": {"nn": ("a_k", "b_p"), "nt": ("a_k", "b_k"), "tn": ("a_m", "b_p")},
     "matmul_grad": {"nn": ("g_p", "a_k", "b_p"), "nt": ("g_p", "a_k", "b_k"), "tn": ("g_m", "a_m", "b_p")},
 }
@@ -25,7 +27,7 @@ def of_operation(operation: str, scalar: tuple[str, ...] = ()) -> Kernel:
     """An elementwise operation; the operands whose STEP is in `scalar` are a single number."""
     arity = elementwise.OPERATIONS[operation]
     function = elementwise.KERNELS[arity]
-    constants = {step: int(step not in scalar) for step in elementwise.STEPS[arity]}
+    constants: dict[str, Any] = {step: int(step not in scalar) for step in elementwise.STEPS[arity]}
     constants |= {"OPERATION": operation, "BLOCK": elementwise.BLOCK}
     size = " ".join([f"BLOCK={elementwise.BLOCK}", *(f"{step}=0" for step in scalar)])
     return _specialised(operation, size, function, constants, elementwise.WARPS)
@@ -38,9 +40,9 @@ def of_matrices(name: str, mode: int, tile: Tile, layout: str = "nn") -> Kernel:
     return _specialised(name, size, FUNCTIONS[name], constants, tile.warps)
 
 
-def _specialised(name: str, size: str, function: object, constants: dict[str, object], warps: int) -> Kernel:
+def _specialised(name: str, size: str, function: Any, constants: dict[str, Any], warps: int) -> Kernel:
     """As a launch would specialise it: pointers and strides divisible by 16."""
-    names = [x for x in function.arg_names if x not in constants]  # type: ignore[attr-defined]
+    names = [x for x in function.arg_names if x not in constants]
     signature = {}
     for argument in names:
         floats = argument == "out_ptr" and name in FUNCTIONS
@@ -51,7 +53,10 @@ def _specialised(name: str, size: str, function: object, constants: dict[str, ob
 
 KERNELS = [
     *(of_operation(operation) for operation in elementwise.OPERATIONS),
-    *(of_operation(operation, (step,)) for operation, step in (("mul", "B_STEP"), ("div", "B_STEP"), ("div", "A_STEP"))),
+    *(
+        of_operation(operation, (step,))
+        for operation, step in (("mul", "B_STEP"), ("div", "B_STEP"), ("div", "A_STEP"))
+    ),
     *(
         of_matrices(name, mode, tile, layout)
         for name in CANDIDATES

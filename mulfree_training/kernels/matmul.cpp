@@ -20,11 +20,6 @@ struct Matrix {
 /* What magnitudes are there: the smallest normal one (or MAX), the largest, and is any below the normal ones. */
 struct Range {
     int32_t low = INT32_MAX, high = 0, zero = 0;
-    void join(const Range &x) {
-        low = low < x.low ? low : x.low;
-        high = high > x.high ? high : x.high;
-        zero |= x.zero;
-    }
 };
 
 static inline ivec shuffled(ivec a, ivec b, ivec index) {
@@ -141,26 +136,28 @@ struct Numbers {
     int64_t shift, derivative, threads;
 };
 
-enum { WIDE = PANEL * LANES, GROUP = LANES == 8 ? 12 : 8, GROUP_WORK = 4096 };
+/* Rows of X that share a range: these, or more until they hold so many entries. Products that are worth a thread. */
+enum { GROUP = 24, GROUP_WORK = 4096, WORKER_WORK = 1 << 19 };
 
 /* How a problem is cut. */
 struct Plan {
-    int64_t panels, panel_size, group, groups, x_step;
+    int64_t panels, wide, panel_size, group, groups, x_step;
     bool copy_x, together; /* together: the threads share one item of the batch at a time, else each takes its own */
     int64_t workers, shared, own, total;
 };
 
 static Plan plan_of(const Numbers &t) {
     Plan s;
-    s.panels = up(t.width, WIDE);
-    s.panel_size = t.depth * WIDE;
-    s.group = t.derivative ? 4 * GROUP : GROUP;
+    const int64_t vectors = up(t.width, LANES);
+    s.panels = up(vectors, PANEL);
+    s.wide = s.panels ? up(vectors, s.panels) * LANES : 0; /* of nearly equal width: 3 + 2 rather than 4 + 1 */
+    s.panel_size = t.depth * s.wide;
+    s.group = t.derivative ? 2 * GROUP : GROUP;
     while (s.group < t.rows && s.group * t.depth < GROUP_WORK) s.group += s.group;
     s.groups = up(t.rows, s.group);
     s.copy_x = t.x_strides[2] != 1 && t.depth > 1;
     s.x_step = padded(t.depth);
-    const int64_t item = t.rows * t.depth * t.width, work = 1 << 15;
-    s.workers = fewer(t.threads, 1 + fewer(item, work) * t.batch / work);
+    s.workers = fewer(t.threads, 1 + t.batch * t.rows * t.depth * t.width / WORKER_WORK);
     s.together = t.batch < 4 * s.workers && t.batch % s.workers != 0;
     s.shared = s.panels * s.panel_size + (s.copy_x ? t.rows * s.x_step : 0) + (s.panels + s.groups) * 4;
     s.shared = (s.shared + 15) & -16;
@@ -193,13 +190,13 @@ struct Item {
         out = t.out + n * t.rows * t.width;
     }
     int32_t bias() const { return BIAS - (int32_t)t.shift; }
-    int64_t columns(int64_t panel) const { return fewer(WIDE, t.width - panel * WIDE); }
+    int64_t columns(int64_t panel) const { return fewer(s.wide, t.width - panel * s.wide); }
     int64_t rows(int64_t group) const { return fewer(s.group, t.rows - group * s.group); }
 
     void pack_panel(int64_t panel) {
         const int64_t count = columns(panel), size = t.depth * padded(count);
         int32_t *to = panels + panel * s.panel_size;
-        copy(y.from(0, panel * WIDE), t.depth, count, to, padded(count));
+        copy(y.from(0, panel * s.wide), t.depth, count, to, padded(count));
         Scan scan;
         for (int64_t i = 0; i < size; i += LANES) {
             ivec value = load(to + i);
@@ -269,16 +266,16 @@ struct Item {
                 known = group;
             }
             for (int64_t i = 0, count; i < rows(group); i += count) {
-                int32_t factors[SLOPE_ROWS * WIDE];
+                int32_t factors[MOST_ROWS * PANEL * LANES];
                 const int64_t m = group * s.group + i, remaining = rows(group) - i;
-                count = remaining / up(remaining, SLOPE_ROWS);
-                copy(a.from(m, panel * WIDE), count, width, factors, WIDE);
+                count = remaining / up(remaining, SLOPE_ROWS[up(width, LANES) - 1]);
+                copy(a.from(m, panel * s.wide), count, width, factors, PANEL * LANES);
                 Scan scan;
                 for (int64_t l = 0; l < count; l++)
-                    for (int64_t j = 0; j < padded(width); j += LANES) scan.add(load(factors + l * WIDE + j));
+                    for (int64_t j = 0; j < padded(width); j += LANES) scan.add(load(factors + l * PANEL * LANES + j));
                 const Derivative tile = {
                     t.depth, left.data + i * left.row, left.row, limits + i * s.x_step, s.x_step, factors,
-                    panels + panel * s.panel_size, bias(), out + m * t.width + panel * WIDE, t.width, width};
+                    panels + panel * s.panel_size, bias(), out + m * t.width + panel * s.wide, t.width, width};
                 const int own_kind = scan.range().high > INF ? GUARDED : kind;
                 derivative_block<PANEL>(own_kind, tile, count);
             }
@@ -295,7 +292,7 @@ struct Item {
                 find_limits(panel);
                 known = panel;
             }
-            float *to = out + group * s.group * t.width + panel * WIDE;
+            float *to = out + group * s.group * t.width + panel * s.wide;
             const Product tile = {t.depth, left.data, left.row, panels + panel * s.panel_size, limits,
                                   bias(), to, t.width, columns(panel)};
             product_block<PANEL>(kind, tile, rows(group));

@@ -6,14 +6,19 @@
 #pragma once
 #include "pam.h"
 
-/* Vectors in a row of a tile; rows of a tile of the product, fewer where masks need registers, and of the derivative. */
+/* Vectors in a row of a tile, at most, and the rows of tiles of 1, 2, … vectors: of the product, of the product where
+ * masks need registers, and of the derivative, which keeps mantissas beside its sums. */
 #if defined(__AVX512F__)
-enum { PANEL = 2, PLAIN_ROWS = 8, MASKED_ROWS = 8, SLOPE_ROWS = 6 };
+enum { PANEL = 4 };
+static constexpr int PLAIN_ROWS[] = {8, 8, 8, 6}, MASKED_ROWS[] = {8, 8, 6, 6}, SLOPE_ROWS[] = {8, 6, 4, 4};
 #elif defined(__AVX2__)
-enum { PANEL = 2, PLAIN_ROWS = 6, MASKED_ROWS = 4, SLOPE_ROWS = 3 };
+enum { PANEL = 3 };
+static constexpr int PLAIN_ROWS[] = {8, 6, 4}, MASKED_ROWS[] = {6, 4, 3}, SLOPE_ROWS[] = {6, 3, 2};
 #else
-enum { PANEL = 2, PLAIN_ROWS = 4, MASKED_ROWS = 4, SLOPE_ROWS = 3 };
+enum { PANEL = 2 };
+static constexpr int PLAIN_ROWS[] = {8, 4}, MASKED_ROWS[] = {6, 4}, SLOPE_ROWS[] = {6, 3};
 #endif
+enum { MOST_ROWS = 8 };
 
 /* PLAIN: normal numbers all through. LEFT, RIGHT, BOTH: zeros in these operands. SMALL: products below the smallest
  * normal number, and zeros anywhere. GUARDED: anything. */
@@ -56,7 +61,7 @@ static inline vec add_where(ivec mask, vec sum, ivec x) {
 }
 
 template <int CASE, int M, int N>
-static void product_tile(const Product &t) {
+static __attribute__((noinline)) void product_tile(const Product &t) {
     const int32_t *a = t.a, *b = t.b, *limit = t.limit;
     const int64_t a_row = t.a_row, depth = t.depth;
     vec sums[M][N] = {};
@@ -122,7 +127,7 @@ struct Derivative {
 };
 
 template <int CASE, int M, int N>
-static void derivative_tile(const Derivative &t) {
+static __attribute__((noinline)) void derivative_tile(const Derivative &t) {
     const int32_t *g = t.g, *b = t.b, *limit = t.limit;
     const int64_t g_row = t.g_row, depth = t.depth;
     const ivec zero = all((int32_t)-t.bias);
@@ -185,15 +190,15 @@ static void product_block(int kind, Product t, int64_t rows) {
     if constexpr (N > 1)
         if (t.columns <= (N - 1) * LANES) return product_block<N - 1>(kind, t, rows);
     if (kind == GUARDED) return guarded_product<N>(t, rows);
-    const int64_t highest = kind == PLAIN ? PLAIN_ROWS : MASKED_ROWS;
+    const int64_t highest = kind == PLAIN ? PLAIN_ROWS[N - 1] : MASKED_ROWS[N - 1];
     for (int64_t tiles = (rows + highest - 1) / highest; tiles > 0; tiles--) {
         const int64_t count = rows / tiles;
         switch (kind) {
-            case PLAIN: product_rows<PLAIN, N, PLAIN_ROWS>(t, count); break;
-            case LEFT: product_rows<LEFT, N, MASKED_ROWS>(t, count); break;
-            case RIGHT: product_rows<RIGHT, N, MASKED_ROWS>(t, count); break;
-            case BOTH: product_rows<BOTH, N, MASKED_ROWS>(t, count); break;
-            default: product_rows<SMALL, N, MASKED_ROWS>(t, count);
+            case PLAIN: product_rows<PLAIN, N, PLAIN_ROWS[N - 1]>(t, count); break;
+            case LEFT: product_rows<LEFT, N, MASKED_ROWS[N - 1]>(t, count); break;
+            case RIGHT: product_rows<RIGHT, N, MASKED_ROWS[N - 1]>(t, count); break;
+            case BOTH: product_rows<BOTH, N, MASKED_ROWS[N - 1]>(t, count); break;
+            default: product_rows<SMALL, N, MASKED_ROWS[N - 1]>(t, count);
         }
         t.a += count * t.a_row;
         t.c += count * t.c_row;
@@ -206,9 +211,9 @@ static void derivative_block(int kind, const Derivative &t, int64_t rows) {
     if constexpr (N > 1)
         if (t.columns <= (N - 1) * LANES) return derivative_block<N - 1>(kind, t, rows);
     switch (kind) {
-        case PLAIN: return derivative_rows<PLAIN, N, SLOPE_ROWS>(t, rows);
-        case BOTH: return derivative_rows<BOTH, N, SLOPE_ROWS>(t, rows);
-        case SMALL: return derivative_rows<SMALL, N, SLOPE_ROWS>(t, rows);
+        case PLAIN: return derivative_rows<PLAIN, N, SLOPE_ROWS[N - 1]>(t, rows);
+        case BOTH: return derivative_rows<BOTH, N, SLOPE_ROWS[N - 1]>(t, rows);
+        case SMALL: return derivative_rows<SMALL, N, SLOPE_ROWS[N - 1]>(t, rows);
         default: return guarded_derivative<N>(t, rows);
     }
 }

@@ -1,6 +1,6 @@
-"""The face of plain PyTorch, for any device and without a compiler: a matrix product is one broadcast sum of patterns and
-one float sum a step of the inner index.
+"""The face of plain PyTorch, for any device and without a compiler.
 
+A matrix product takes one broadcast sum of patterns and one float sum for each step of the inner index.
 That is all as long as operands and results are normal numbers, for then the signs multiply by themselves in the sum of
 the patterns. Zeros and products below the smallest normal number are masked out (a sum that starts at +0 does not see
 a zero of either sign); where infinities, NaN or overflow are possible, the reference takes over. The ranges of the

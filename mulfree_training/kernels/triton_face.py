@@ -119,9 +119,7 @@ def _elementwise(operation: str, operands: tuple[Tensor, ...], shift: int = 0) -
     block = kernels.INTERPRETED if first.device.type == "cpu" else kernels.BLOCK
     grid = (-(-size // block),)
     with _device_of(first):
-        kernels.KERNELS[arity][grid](
-            *arguments, OPERATION=operation, **constants, BLOCK=block, num_warps=kernels.WARPS
-        )
+        kernels.KERNELS[arity][grid](*arguments, OPERATION=operation, **constants, BLOCK=block, num_warps=kernels.WARPS)
     return out
 
 
@@ -233,7 +231,8 @@ def slope_mode(grad: Tensor, a: Tensor, b: Tensor, shift: int) -> int:
     most, least = other.high + MIN + max(shift, 0), other.low - (MIN if shift < 0 else 0)
     if own.high > INF or max(given.high, most, given.high - BIAS + most) >= INF:
         return GUARDED
-    if own.high == INF or own.zero or given.zero or other.zero or least < 2 * MIN:
+    # of a only the mantissa counts, which is 0 for zeros and infinities
+    if given.zero or other.zero or least < 2 * MIN:
         return MASKED
     # the slope has no mantissa, so it may lie up to one exponent below `least`
     return MASKED if given.low - BIAS + least - MIN < MIN else PLAIN

@@ -42,13 +42,13 @@ INTERPRETED = Tile(16, 16, 4)
 """Small, so that short inputs still have several."""
 CANDIDATES = {
     "matmul": {
-        PLAIN: (Tile(64, 64, 4), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 4), Tile(32, 32, 4, 4)),
-        MASKED: (Tile(64, 64, 4), Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+        PLAIN: (Tile(64, 64, 4), Tile(64, 64, 4, 2), Tile(128, 64, 8), Tile(64, 32, 4, 4), Tile(32, 32, 4, 4)),
+        MASKED: (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 32, 4), Tile(32, 32, 4, 2)),
         GUARDED: (Tile(64, 64, 8), Tile(64, 32, 8), Tile(32, 32, 4)),
     },
     "matmul_grad": {
-        PLAIN: (Tile(64, 64, 4), Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 4)),
-        MASKED: (Tile(64, 64, 8), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+        PLAIN: (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 32, 4, 2), Tile(32, 32, 4, 4)),
+        MASKED: (Tile(64, 64, 8), Tile(64, 32, 8), Tile(32, 32, 4, 2)),
         GUARDED: (Tile(64, 32, 8), Tile(32, 32, 4)),
     },
 }

@@ -34,8 +34,8 @@ def magnitude(i):
 @triton.jit
 def clamped(size, shift):
     """size + shift, at least 0 (underflow) and at most infinity; where the sum wraps around it is not used."""
-    over = (shift > 0) & (size - INF + shift >= 0)
-    total = tl.where(over, INF, size + shift)
+    over = (shift > 0) & (shift - INF + size >= 0)
+    total = tl.where(over, INF, shift + size)
     return tl.where(total < MIN, 0, total)
 
 
@@ -90,22 +90,32 @@ def quotient_grad(g, i, j, shift):
 
 
 @triton.jit
-def exp2(i):
-    """`reference.exp2`."""
+def _whole(i):
+    """x as a float and floor(x) as an integer, x first brought within the limit; and where x is not a number.
+
+    Beyond the limit every power is 0 or infinity, and within it no integer overflows. Not `tl.floor`: a GPU reads
+    subnormal numbers as zero there, so that the floor of a small negative number would be 0.
+    """
     missing = (i & ABS) > INF
-    # beyond the limit every result is 0 or infinity, and within it the integer below cannot overflow
     x = tl.where(missing, 0, i).to(tl.float32, bitcast=True)
     x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-    whole = tl.floor(x)
-    size = (1.0 + (x - whole)).to(tl.int32, bitcast=True)
-    return tl.where(missing, NAN, clamped(size, whole.to(tl.int32) << FRACTION))
+    whole = x.to(tl.int32)
+    return x, tl.where(x < whole.to(tl.float32), whole - 1, whole), missing
+
+
+@triton.jit
+def exp2(i):
+    """`reference.exp2`."""
+    x, whole, missing = _whole(i)
+    size = (1.0 + (x - whole.to(tl.float32))).to(tl.int32, bitcast=True)
+    return tl.where(missing, NAN, clamped(size, whole << FRACTION))
 
 
 @triton.jit
 def exp2_grad(g, i):
-    """`reference.exp2_grad`."""
-    whole = tl.floor(i.to(tl.float32, bitcast=True))
-    return product(g, exp2(whole.to(tl.int32, bitcast=True)), 0)
+    """`reference.exp2_grad`; the power of an integer has no mantissa."""
+    _, whole, missing = _whole(i)
+    return product(g, tl.where(missing, NAN, clamped(BIAS, whole << FRACTION)), 0)
 
 
 @triton.jit

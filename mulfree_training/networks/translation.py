@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.data.pairs import PADDING
 from mulfree_training.networks.blocks import Block, Scale, causal_mask
-
-PADDING = 1
-"""Id of the padding token in both languages (fairseq's)."""
 
 
 class Translation(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,28 @@ RANGE = (-2.0, 2.0)
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: Tensor, size: int, run: Run) -> Tensor:
     """Outputs in evaluation mode, float32 on the CPU; `size` rows a pass."""
-    model.eval()
+    parts = ((part, part.new_empty(0)) for part in inputs.split(size))
+    return logits_and_labels([model], parts, run)[0][0]
+
+
+@torch.no_grad()
+def logits_and_labels(
+    models: Sequence[nn.Module], parts: Iterable[tuple[Tensor, Tensor]], run: Run
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs of several models for the same inputs, as in `logits_of`, and the labels; read once, part by part."""
+    for model in models:
+        model.eval()
+    found: list[list[Tensor]] = [[] for _ in models]
+    labels = []
     with run.autocast():
-        found = [model(part.to(run.device)).float().cpu() for part in inputs.split(size)]
-    model.train()
-    return torch.cat(found)
+        for inputs, label in parts:
+            there = inputs.to(run.device)
+            labels.append(label.cpu())
+            for own, model in zip(found, models, strict=True):
+                own.append(model(there).float().cpu())
+    for model in models:
+        model.train()
+    return [torch.cat(own) for own in found], torch.cat(labels)
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:

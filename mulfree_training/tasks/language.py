@@ -43,7 +43,7 @@ def _run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
 
     def batch(seed: int, step: int) -> Batch:
         windows = text.batch(seed, step, task.batch_size)
-        return (windows[:, :-1],), windows[:, 1:]
+        return Batch((windows[:, :-1],), windows[:, 1:])
 
     models = [convert(build(config.model, seed), config.arithmetic) for seed in trial.seeds]
     losses = run.place(Losses(models, loss_function(config.arithmetic, task.label_smoothing, "fairseq")))

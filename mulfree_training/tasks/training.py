@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from common import ranks
 from common.checkpoint import load_checkpoint, load_extra, save_checkpoint
+from common.streams import generator
 from common.training import Run
 from mulfree_training.tasks.arithmetic import Loss, make_optimizer
 
@@ -20,8 +22,36 @@ if TYPE_CHECKING:
     from mulfree_training.config import OptimizerConfig, TrialConfig
 
 CHECKPOINT_SECONDS = 120.0
-Batch = tuple[tuple[Tensor, ...], Tensor]
-"""Inputs of the network, and targets."""
+ORDER = 51  # random stream
+
+
+class Rows(Protocol):
+    """A batch, or the promise of one that is read in parts."""
+
+    def rows(self, part: slice) -> Batch:
+        """Every `part.step`-th row from `part.start` on."""
+
+
+class Batch(NamedTuple):
+    """What a network trains on in one step."""
+
+    inputs: tuple[Tensor, ...]
+    """Of the network, rows first."""
+    target: Tensor
+    """Indices (B, …), `IGNORED` where there is none, or probabilities (B, V)."""
+    real: Tensor | None = None
+    """() float32, how many targets a loss divides by where some do not count; None: as many as are there."""
+
+    def rows(self, part: slice) -> Batch:
+        """Every `part.step`-th row; the mean over all parts of sums over the part's number is the mean of the batch."""
+        # without parts nothing is divided
+        real = self.real if self.real is None or part.step == 1 else self.real / part.step
+        return Batch(tuple(x[part] for x in self.inputs), self.target[part], real)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        real = None if self.real is None else self.real.to(device)
+        return Batch(tuple(x.to(device) for x in self.inputs), self.target.to(device), real)
 
 
 class Losses(nn.Module):
@@ -34,7 +64,13 @@ class Losses(nn.Module):
     def forward(self, batches: list[Batch]) -> Tensor:
         """One loss a model."""
         pairs = zip(self.models, batches, strict=True)
-        return torch.stack([self.loss(model(*inputs), target) for model, (inputs, target) in pairs])
+        return torch.stack([self.loss(model(*b.inputs), b.target, b.real) for model, b in pairs])
+
+
+@functools.lru_cache(maxsize=16)
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """A permutation of the rows or batches of an epoch, a pure function of (seed, epoch); not to be written to."""
+    return torch.randperm(count, generator=generator(seed, ORDER, epoch))
 
 
 def lr_factor(step: int, steps: int, c: OptimizerConfig) -> float:
@@ -59,7 +95,7 @@ def fit(
     trial: Trial,
     run: Run,
     losses: Losses,
-    batch: Callable[[int, int], Batch],
+    batch: Callable[[int, int], Rows],
     steps: int,
 ) -> tuple[list[float], float]:
     """Train all models.
@@ -69,7 +105,7 @@ def fit(
         trial: whose seeds the models have, and where progress and checkpoints go.
         run: where to compute.
         losses: the models, placed.
-        batch: (seed, step) -> the whole batch of one model on any device, rows first.
+        batch: (seed, step) -> the whole batch of one model on any device; only the rows of this process are asked for.
         steps: optimizer steps.
 
     Returns:
@@ -89,7 +125,8 @@ def fit(
             group["lr"] = c.lr * factor
         total = torch.zeros(len(trial.seeds), device=run.device)
         for part in range(task.accumulate):
-            shards = [_shard(batch(seed, step), run, part, task.accumulate) for seed in trial.seeds]
+            own = own_rows(run, part, task.accumulate)
+            shards = [batch(seed, step).rows(own).to(run.device) for seed in trial.seeds]
             with run.accumulate(model):
                 loss = model(shards)
                 backward(run, loss, task.accumulate)
@@ -112,11 +149,9 @@ def fit(
     return mean.tolist(), spent / len(trial.seeds)
 
 
-def _shard(batch: Batch, run: Run, part: int, parts: int) -> Batch:
-    """The rows of this process and micro-batch."""
-    rows = slice(run.rank * parts + part, None, run.world * parts)
-    inputs, target = batch
-    return tuple(x[rows].to(run.device) for x in inputs), target[rows].to(run.device)
+def own_rows(run: Run, part: int, parts: int) -> slice:
+    """The rows of this process in a micro-batch."""
+    return slice(run.rank * parts + part, None, run.world * parts)
 
 
 def check_batch(size: int, key: str, accumulate: int, run: Run) -> None:

@@ -63,3 +63,18 @@ def same(x: Tensor, y: Tensor) -> bool:
     return bool(
         ((x.contiguous().view(torch.int32) == y.contiguous().view(torch.int32)) | (x.isnan() & y.isnan())).all()
     )
+
+
+EDGES = [(i, j) for low in (-64, 63) for i in (low, low + 1) for j in (low, low + 1, low + 2)]
+EDGES += [(100, -126), (-126, 100), (-100, 127), (127, -100)]
+"""Exponents of two operands whose products lie on both sides of the smallest normal number, or of infinity; and where
+only a slope does, the product being ordinary."""
+
+
+def near(exponent: int, *shape: int, seed: int = 0) -> Tensor:
+    """Numbers of one exponent of either sign, with mantissas that are 0, the next above, the last, or anything."""
+    source = torch.Generator().manual_seed(seed)
+    mantissas = torch.tensor([0, 1, 2**23 - 1, 0]).to(torch.int32)
+    mantissas[3] = int(torch.randint(2**23, (), generator=source))
+    x = mantissas[torch.randint(4, shape, generator=source)] + ((exponent + 127) << 23)
+    return torch.where(torch.rand(shape, generator=source) < 0.5, x, x | -(2**31)).view(torch.float32)

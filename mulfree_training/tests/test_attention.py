@@ -15,6 +15,7 @@ from mulfree_training.products import pam_linear, pam_matmul
 
 INF = float("inf")
 ALPHA = 1.0552
+BOTH = list(itertools.product(("pam", "standard"), repeat=2))
 B, H, L, S, E = 2, 4, 5, 7, 12
 
 
@@ -110,7 +111,7 @@ def test_products_alone_obey_the_error_law():
     assert ratio.mean() < 0.99
 
 
-@pytest.mark.parametrize(("products", "normaliser"), itertools.product(("pam", "standard"), repeat=2))
+@pytest.mark.parametrize(("products", "normaliser"), BOTH)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("derivative", ["approx", "exact"])
 def test_a_row_that_sees_nothing_is_zero_without_nan(products, normaliser, kind, derivative):
@@ -180,9 +181,9 @@ def modules(options, **ours) -> tuple[nn.MultiheadAttention, PAMAttention]:
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(E, H, **options)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for seed, (name, parameter) in enumerate(theirs.named_parameters()):
             if "bias" in name:
-                parameter.copy_(normal(*parameter.shape, seed=8))
+                parameter.copy_(normal(*parameter.shape, seed=seed))
     module = PAMAttention(E, H, **options, **ours)
     module.load_state_dict(theirs.state_dict())
     assert list(module.state_dict()) == list(theirs.state_dict())
@@ -253,6 +254,13 @@ def test_pam_module_is_the_written_composition(options):
     assert same_bits(average, pam_div(torch.stack(seen, 1).sum(1), float(H)))
 
 
+def test_weights_are_averaged_by_a_piecewise_affine_quotient():
+    module = PAMAttention(E, 3)  # not a power of two
+    x = normal(L, B, E)
+    each, mean = module(x, x, x, average_attn_weights=False)[1], module(x, x, x)[1]
+    assert same_bits(mean, pam_div(each.sum(1), 3.0)) and not torch.equal(mean, each.mean(1))
+
+
 def test_self_attention_in_one_product_has_the_bits_of_three():
     _, module = modules({})
     x = normal(L, B, E)
@@ -285,7 +293,7 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(module(x, x, x)[0], module(x, x, x)[0])
 
 
-@pytest.mark.parametrize(("products", "normaliser"), itertools.product(("pam", "standard"), repeat=2))
+@pytest.mark.parametrize(("products", "normaliser"), BOTH)
 def test_options_reach_every_part(products, normaliser):
     results = []
     for options in ({}, {"alpha": ALPHA}, {"derivative": "exact"}):

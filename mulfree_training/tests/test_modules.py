@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mulfree_training import functional, products
 from mulfree_training.attention import PAMAttention
 from mulfree_training.modules import (
+    PAMGELU,
     PAMConv1d,
     PAMConv2d,
     PAMCrossEntropy,
     PAMDropout,
-    PAMGELU,
     PAMLayerNorm,
     PAMLinear,
     PAMLogSoftmax,
@@ -202,7 +202,7 @@ def test_layer_norm_is_its_function(options):
 @pytest.mark.parametrize("k", [-5, 1, 8])
 def test_layer_norm_without_eps_does_not_see_a_power_of_two(k):
     layer, x = PAMLayerNorm(16, eps=0.0), normal(8, 16)
-    # the root halves the exponent: even powers of the variance keep every mantissa
+    # the variance has the square of the factor, an even power of two, and the root keeps its mantissa
     assert same_bits(layer(x), layer(x * 2.0**k))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +15,6 @@ from torch import Tensor
 from common.streams import generator
 
 SUBSET, ORDER, WINDOWS = 0, 1, 2  # independent random streams of one seed
-IGNORED = -100  # a target that no loss counts (torch's default)
-
-
-class Batch(NamedTuple):
-    """What a network is trained or evaluated on at once; the first axis of `targets` is the network."""
-
-    inputs: tuple[Tensor, ...]
-    """What the network is called with."""
-    targets: Tensor
-    """Classes (S, B, ...), `IGNORED` where there is none, or probabilities (S, B, K)."""
-    real: Tensor | None = None
-    """(S,) how many targets count, on average over micro-batches and processes, where some are ignored; None: all."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        inputs = tuple(part.to(device, non_blocking=True) for part in self.inputs)
-        real = None if self.real is None else self.real.to(device)
-        return Batch(inputs, self.targets.to(device, non_blocking=True), real)
 
 
 def check_parts(batch_size: int, parts: int, world: int) -> None:

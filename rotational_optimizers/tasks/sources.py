@@ -10,9 +10,9 @@ from torch import Tensor
 
 from common.data import load, normalise, standardise, tensors, tokenise
 from common.data.augment import crop_and_flip
+from common.data.pairs import Batch, vocabulary
 from common.training import Run
 from rotational_optimizers.tasks.batches import (
-    Batch,
     SampleBatches,
     Shard,
     TokenBatches,
@@ -21,7 +21,7 @@ from rotational_optimizers.tasks.batches import (
     eval_tokens,
 )
 from rotational_optimizers.tasks.stream import ImageStream
-from rotational_optimizers.tasks.translation import TranslationSource, vocabulary
+from rotational_optimizers.tasks.translation import TranslationSource
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

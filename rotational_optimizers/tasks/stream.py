@@ -7,40 +7,32 @@ processes nor that of workers changes what a network sees. (Mixup pairs the imag
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from common.data.crops import (
+    Crop,
+    CroppedImages,
+    Items,
+    centre_crop,
+    deit_crop,
+    deit_mix,
+    loader,
+    normalised,
+    random_crop,
+    seeded,
+)
+from common.data.pairs import Batch
 from common.streams import generator, key
-from rotational_optimizers.tasks.batches import ORDER, SUBSET, WINDOWS, Batch, Shard
-from rotational_optimizers.tasks.images import Crop, centre_crop, deit_crop, deit_mix, random_crop, seeded
+from rotational_optimizers.tasks.batches import ORDER, SUBSET, WINDOWS, Shard
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
     from rotational_optimizers.config import NetworkTaskConfig, TrialConfig
-
-Items = list[tuple[int, int]]
-"""(row, seed of its crop) of the images of one micro-batch, network by network."""
-
-
-@dataclass
-class _Images:
-    """Rows of a split for a DataLoader: a cropped image and its label."""
-
-    split: Dataset
-    inputs: str
-    label: str
-    crop: Crop
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        row, seed = item
-        found = self.split[row]
-        return self.crop(found[self.inputs], seed), found[self.label]
 
 
 class _Order:
@@ -133,25 +125,13 @@ class ImageStream:
         for x, y in self._loader(split, self.middle, [[(row, 0) for row in part.tolist()] for part in rows]):
             yield Batch((self._floats(x).repeat(1, networks, 1, 1),), y.to(self.device).expand(networks, -1))
 
-    def _loader(self, split: str, crop: Crop, plan: Iterable[Items]) -> DataLoader:
-        images = _Images(self.data[split], self.config.data.inputs, self.config.data.label, crop)
-        # a generator of its own: the loader would draw from the one that dropout uses
-        return DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_sampler=plan,  # type: ignore[arg-type]
-            num_workers=self.config.threads - 1,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
-        )
+    def _loader(self, split: str, crop: Crop, plan: Iterable[Items]) -> Iterable[tuple[Tensor, Tensor]]:
+        c = self.config.data
+        images = CroppedImages(self.data[split], c.inputs, c.label, crop)
+        return loader(images, plan, self.config.threads - 1, self.device)
 
     def _floats(self, x: Tensor) -> Tensor:
-        """uint8 images on the device, normalised there; float ones (timm's) are so already."""
-        x = x.to(self.device, non_blocking=True)
-        if x.is_floating_point():
-            return x
-        c = self.config.data
-        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (c.mean, c.std))
-        return (x.float() / 255 - mean) / std
+        return normalised(x, self.config.data.mean, self.config.data.std, self.device)
 
     def _mixed(self, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Mixup or cutmix within every network's micro-batch: images (S, b, 3, H, W), probabilities (S, b, K)."""

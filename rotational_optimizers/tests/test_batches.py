@@ -1,18 +1,16 @@
 """Batches are pure functions of seed and step, every sample comes once an epoch, and shards partition a batch."""
 
 import itertools
-import math
 
 import pytest
 import torch
-from PIL import Image
 
 from common.data.augment import crop_and_flip
-from common.models.translation import PADDING, TranslationTransformer
+from common.data.pairs import END, collate
+from common.models.translation import TranslationTransformer
 from common.streams import generator
 from rotational_optimizers.config import NetworkTaskConfig
 from rotational_optimizers.tasks.batches import (
-    IGNORED,
     SampleBatches,
     Shard,
     TokenBatches,
@@ -20,10 +18,8 @@ from rotational_optimizers.tasks.batches import (
     eval_samples,
     eval_tokens,
 )
-from rotational_optimizers.tasks.images import centre_crop, random_box, random_crop
 from rotational_optimizers.tasks.network import losses
 from rotational_optimizers.tasks.stream import _Order
-from rotational_optimizers.tasks.translation import END, collate, token_batches
 
 X = torch.arange(40.0).view(40, 1, 1)
 Y = torch.arange(40)
@@ -118,47 +114,6 @@ def test_batches_that_do_not_split_evenly_are_refused(size: int, parts: int, wor
     check_parts(parts * world, parts, world)
 
 
-def test_random_crops_cover_8_to_100_percent_at_moderate_aspect_ratios() -> None:
-    boxes = torch.tensor([random_box(300, 200, generator(s, 0)) for s in range(400)])
-    left, top, right, bottom = boxes.T
-    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 300 and bottom.max() <= 200
-    width, height = right - left, bottom - top
-    area, aspect = width * height / 60_000, width / height
-    # sides are rounded to pixels: at most half a pixel on the shortest side, 60 pixels
-    slack = 0.5 / math.sqrt(0.08 * 60_000 * 3 / 4) * 2
-    assert 0.08 * (1 - slack) <= area.min() < 0.15 and 0.8 < area.max() <= 1
-    assert 3 / 4 * (1 - slack) <= aspect.min() < 0.8 and 1.25 < aspect.max() <= 4 / 3 * (1 + slack)
-    assert 0.3 < area.mean() < 0.6  # large crops of large aspect ratio do not fit
-
-
-@pytest.mark.parametrize(("width", "height"), [(1000, 3), (3, 1000), (1, 1)])
-def test_crops_of_narrow_images_stay_inside(width: int, height: int) -> None:
-    for seed in range(20):
-        left, top, right, bottom = random_box(width, height, generator(seed, 0))
-        assert 0 <= left < right <= width and 0 <= top < bottom <= height
-
-
-def test_centre_crop_is_the_middle_seven_eighths_of_the_short_side() -> None:
-    picture = Image.new("RGB", (320, 256))
-    picture.paste((255, 0, 0), (32 + 16, 16, 320 - 32 - 16, 256 - 16))  # 224 x 224 in the middle
-    crop = centre_crop(picture, 0, 56)
-    red, green, blue = crop.float()
-    assert green.max() == blue.max() == 0
-    assert red[1:-1, 1:-1].min() == 255  # bicubic resampling blurs the outermost pixel only
-    picture.paste((0, 255, 0), (160, 0, 320, 256))
-    assert (centre_crop(picture, 0, 56)[1, :, 30:-1] == 255).all() and (
-        centre_crop(picture, 0, 56)[1, :, :26] == 0
-    ).all()
-
-
-def test_a_random_crop_is_a_function_of_its_seed_and_mirrors_half_of_the_time() -> None:
-    ramp = Image.linear_gradient("L").rotate(90)  # brighter from left to right, or the other way
-    crops = [random_crop(ramp, seed, 16) for seed in range(60)]
-    assert all(torch.equal(crop, random_crop(ramp, seed, 16)) for seed, crop in enumerate(crops[:5]))
-    mirrored = [bool(crop[0, 8, 0] > crop[0, 8, -1]) for crop in crops]
-    assert 15 < sum(mirrored) < 45  # within 4 standard deviations of 30
-
-
 def order(seeds: list[int], shard: Shard | None = None, parts: int = 1, size: int = 20) -> _Order:
     return _Order(23, size, seeds, NetworkTaskConfig(batch_size=4, accumulate=parts, steps=12), shard or Shard())
 
@@ -181,27 +136,18 @@ def test_streamed_images_do_not_depend_on_companions_resumption_processes_or_par
     assert len(set(crops)) == len(crops)
 
 
-PAIRS = [([10 + i] * (1 + i % 4) + [END], [20 + i] * (1 + i % 3) + [END]) for i in range(12)]
-
-
-def test_token_batches_hold_every_sentence_once_and_no_more_tokens_than_allowed() -> None:
-    batches = token_batches(PAIRS, list(range(12)), 12)
-    assert sorted(itertools.chain(*batches)) == list(range(12))
-    sizes = [len(batch) * max(max(map(len, PAIRS[i])) for i in batch) for batch in batches]
-    assert max(sizes) <= 12 and len(batches) < 8
-    lengths = [len(PAIRS[i][0]) for batch in batches for i in batch]
-    assert lengths == sorted(lengths)
+PAIRS = [([10 + i] * (1 + i % 4) + [END], [20 + i] * (1 + i % 3) + [END]) for i in range(5)]
 
 
 def test_padding_company_and_micro_batches_do_not_change_the_loss_of_a_sentence() -> None:
     torch.manual_seed(0)
     model = TranslationTransformer([5], 40, 40, 8, 8, 1, 2, dropout=0.0).eval()
     alone = []
-    for pair in PAIRS[:5]:
+    for pair in PAIRS:
         batch = collate([[pair]])
         alone.append(losses(model(*batch.inputs), batch.targets, batch.real) * batch.real)
-    real = sum(len(target) for _, target in PAIRS[:5])
-    together = collate([PAIRS[:5]], multiple=4)
+    real = sum(len(target) for _, target in PAIRS)
+    together = collate([PAIRS], multiple=4)
     assert together.targets.shape[1] == 8 and together.real is not None and together.real.item() == real
     expected, eps = torch.stack(alone).sum() / real, torch.finfo(torch.float32).eps
     loss = losses(model(*together.inputs), together.targets, together.real)
@@ -211,11 +157,3 @@ def test_padding_company_and_micro_batches_do_not_change_the_loss_of_a_sentence(
         losses(model(source, before), target, together.real / 4) for source, before, target in zip(*parts, strict=True)
     ]
     assert torch.isclose(torch.stack(split).mean(), expected, rtol=100 * eps)
-
-
-def test_the_decoder_sees_the_sentence_shifted_by_one() -> None:
-    batch = collate([[([4, 5, END], [6, 7, 8, END]), ([4, END], [9, END])]])
-    source, before = batch.inputs
-    assert source.tolist() == [[[4, 5, END], [4, END, PADDING]]]
-    assert before.tolist() == [[[END, 6, 7, 8], [END, 9, PADDING, PADDING]]]
-    assert batch.targets.tolist() == [[[6, 7, 8, END], [9, END, IGNORED, IGNORED]]]

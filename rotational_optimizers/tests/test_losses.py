@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from common.data.pairs import IGNORED
 from common.models import ModelConfig, build
 from rotational_optimizers.config import OptimizerConfig
 from rotational_optimizers.optimizers import build_optimizer
 from rotational_optimizers.schedule import lr_factor
-from rotational_optimizers.tasks.batches import IGNORED
 from rotational_optimizers.tasks.network import clip_gradients, losses
 
 LOGITS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

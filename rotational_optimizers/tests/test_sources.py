@@ -17,6 +17,7 @@ from PIL import Image
 
 from common.compose import Composer
 from common.data import hub, tokens
+from common.data.vocabulary import learn
 from rotational_optimizers.config import TrialConfig
 from rotational_optimizers.optimizers import build_optimizer
 from rotational_optimizers.tasks import network, vocabulary
@@ -86,10 +87,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saved tokenizers: `text` for the language models, `pairs/de` and `pairs/en` for the translation."""
     root = tmp_path_factory.mktemp("tokenizers")
-    vocabulary.learn([f"line {i} of a longer text" for i in range(300)], 60, root / "text")
+    learn([f"line {i} of a longer text" for i in range(300)], 60, root / "text")
     rows = rows_of("iwslt14", 0)["translation"]
     for language in ("de", "en"):
-        vocabulary.learn([row[language] for row in rows], 60, root / "pairs" / language)
+        learn([row[language] for row in rows], 60, root / "pairs" / language)
     return root
 
 
@@ -277,7 +278,7 @@ class FakeTimm:
 def test_deit_mixes_pairs_and_leaves_the_global_generators_alone(
     config_of: Callable[..., TrialConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rotational_optimizers.tasks.images._timm", lambda: FakeTimm)
+    monkeypatch.setattr("common.data.crops._timm", lambda: FakeTimm)
     source, _ = opened(config_of("imagenet", "task.augment=deit", "n_seeds=2"))
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first = list(source.train_batches(3, 2))

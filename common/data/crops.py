@@ -1,28 +1,69 @@
-"""Crops of single images of any size (ImageNet), and timm's for DeiT."""
+"""Crops of single images of any size (ImageNet), timm's for DeiT, and a loader that reads them by worker processes."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from PIL.Image import Image
 
 Crop = Callable[["Image", int], Tensor]
 """Maps an image and a seed to a tensor (3, size, size), uint8 or normalised float32."""
+Items = list[tuple[int, int]]
+"""(row, seed of its crop) of the images that are read at once."""
 
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (Szegedy et al. 2015)
 TRIES = 10
 EVAL_RESIZE = 8 / 7  # 256 pixels on the short side for a crop of 224
 DEIT = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "re_prob": 0.25, "re_mode": "pixel"}
 DEIT_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+
+
+@dataclass
+class CroppedImages:
+    """Rows of a split for a DataLoader: a cropped image and its label, by row and seed."""
+
+    split: Dataset
+    inputs: str
+    label: str
+    crop: Crop
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        row, seed = item
+        found = self.split[row]
+        return self.crop(found[self.inputs], seed), found[self.label]
+
+
+def loader(images: CroppedImages, plan: Iterable[Items], workers: int, device: torch.device) -> DataLoader:
+    """Images (n, 3, size, size) and labels (n,) of each element of the plan, read ahead by `workers` processes."""
+    # a generator of its own: the loader would draw from the one that dropout uses
+    return DataLoader(
+        images,  # type: ignore[arg-type]
+        batch_sampler=plan,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
+    """uint8 images (n, C, H, W) on the device, normalised there to float32; float ones (timm's) are so already."""
+    x = x.to(device, non_blocking=True)
+    if x.is_floating_point():
+        return x
+    centre, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    return (x.float() / 255 - centre) / scale
 
 
 def random_box(width: int, height: int, rng: torch.Generator) -> tuple[int, int, int, int]:
