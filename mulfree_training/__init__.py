@@ -5,6 +5,8 @@
 `forbid_multiplications` proves that a training step contains no multiplication.
 """
 
+from mulfree_training.attention import PAMAttention, pam_attention
+from mulfree_training.convert import convert_to_mulfree
 from mulfree_training.functional import (
     pam_cross_entropy,
     pam_dropout,
@@ -12,5 +14,50 @@ from mulfree_training.functional import (
     pam_log_softmax,
     pam_softmax,
 )
+from mulfree_training.modules import (
+    PAMGELU,
+    PAMConv1d,
+    PAMConv2d,
+    PAMCrossEntropy,
+    PAMDropout,
+    PAMLayerNorm,
+    PAMLinear,
+    PAMLogSoftmax,
+    PAMSoftmax,
+)
+from mulfree_training.optim import PAMSGD, PAMAdamW
 from mulfree_training.primitives import pam_div, pam_exp, pam_exp2, pam_log, pam_log2, pam_mul, pam_pow, pam_sqrt
 from mulfree_training.products import pam_conv2d, pam_linear, pam_matmul
+
+__all__ = [
+    "PAMGELU",
+    "PAMSGD",
+    "PAMAdamW",
+    "PAMAttention",
+    "PAMConv1d",
+    "PAMConv2d",
+    "PAMCrossEntropy",
+    "PAMDropout",
+    "PAMLayerNorm",
+    "PAMLinear",
+    "PAMLogSoftmax",
+    "PAMSoftmax",
+    "convert_to_mulfree",
+    "pam_attention",
+    "pam_conv2d",
+    "pam_cross_entropy",
+    "pam_div",
+    "pam_dropout",
+    "pam_exp",
+    "pam_exp2",
+    "pam_layer_norm",
+    "pam_linear",
+    "pam_log",
+    "pam_log2",
+    "pam_log_softmax",
+    "pam_matmul",
+    "pam_mul",
+    "pam_pow",
+    "pam_softmax",
+    "pam_sqrt",
+]

@@ -165,7 +165,9 @@ def pam_conv2d(
     columns = columns.transpose(1, 2).unflatten(2, (groups, -1))  # (B, H' W', groups, C h w / groups)
     # all positions of all images are rows of one product a group
     rows = columns.flatten(0, 1).transpose(0, 1)  # (groups, B H' W', C h w / groups)
-    filters = weight.reshape(groups, weight.shape[0] // groups, rows.shape[2]).mT  # (groups, C h w / groups, C' / groups)
+    filters = weight.reshape(
+        groups, weight.shape[0] // groups, rows.shape[2]
+    ).mT  # (groups, C h w / groups, C' / groups)
     out = pam_matmul(rows, filters, derivative=derivative, alpha=alpha, backend=backend)
     out = out.transpose(0, 1).reshape(input.shape[0], height * width, weight.shape[0])  # (B, H' W', C')
     out = out if bias is None else out + bias

@@ -1,13 +1,14 @@
-"""Proof that a piece of code multiplies no floating-point numbers: every operator it calls is on a list of allowed ones.
+"""Proof that some code multiplies no floating-point numbers: every operator it calls is on a list of allowed ones.
 
 Two context managers watch each operator that PyTorch runs, those of the backward pass and of the optimizer too:
 `forbid_multiplications` stops at the first that is not allowed, `count_multiplications` counts them. An operator that
 touches a floating-point tensor must be in `ALLOWED`, which gives the reason; an unknown one is a finding. Integers may
-be multiplied, for they are positions in memory.
+be multiplied, for they are positions in memory. Complex numbers are findings altogether.
 
 Three things are out of sight here, and proven or listed elsewhere: what happens inside an operator of this package
 (`disassembly` and `kernels.ptx` scan the compiled code; `integers=True` runs the reference operation by operation),
-inside a function compiled by others, and arithmetic on Python numbers such as a learning rate.
+inside operators that another package registers (they are findings, whatever they do), and arithmetic on Python numbers
+such as a learning rate. A function under `torch.compile` runs uncompiled in the block, and is seen.
 
 The managers nest, and see the thread that entered them and the backward passes that it starts, on any device; other
 threads they do not see.
@@ -31,59 +32,59 @@ from mulfree_training.operators import NAMESPACE
 
 _GROUPS = {
     "sees the same numbers through another shape or type": """
-        alias as_strided detach detach_copy diagonal expand expand_as lift lift_fresh movedim permute positive
-        _reshape_alias select slice split split_with_sizes squeeze swapaxes t transpose unbind unfold unsqueeze
-        _unsafe_view view view_as chunk contiguous flatten reshape unflatten requires_grad resolve_conj resolve_neg
+        alias as_strided detach detach_copy diagonal expand lift lift_fresh permute _reshape_alias select slice
+        split split_with_sizes squeeze t transpose unbind unfold _unsafe_view unsqueeze view
     """,
     "copies, joins or rearranges numbers": """
-        cat clone copy _copy_from constant_pad_nd diag_embed flip gather im2col index index_select lift_fresh_copy
-        masked_scatter masked_select pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d reflection_pad2d
-        reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d roll rot90 stack
-        take _to_copy to tril triu upsample_nearest1d upsample_nearest2d upsample_nearest3d view_copy index_copy
-        as_strided_scatter diagonal_scatter select_scatter slice_scatter max_unpool2d max_unpool3d _foreach_copy
-        _reshape_copy expand_copy _pin_memory set _unsafe_masked_index
+        as_strided_scatter cat channel_shuffle clone constant_pad_nd copy _copy_from diag_embed diagonal_scatter
+        expand_copy flip _foreach_copy gather im2col index index_copy index_select lift_fresh_copy
+        masked_scatter masked_select max_unpool2d max_unpool3d _pin_memory pixel_shuffle pixel_unshuffle
+        reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d
+        replication_pad2d replication_pad3d _reshape_copy roll rot90 select_scatter set slice_scatter stack take
+        _to_copy tril triu _unsafe_masked_index upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        view_copy
     """,
     "fills memory with a constant": """
-        empty empty_like empty_strided empty_permuted new_empty new_empty_strided fill full full_like new_full new_ones
-        new_zeros ones ones_like scalar_tensor zero zeros zeros_like _efficientzerotensor eye index_fill resize
-        resize_as _foreach_zero
+        _efficientzerotensor empty empty_like empty_permuted empty_strided eye fill _foreach_zero full full_like
+        index_fill new_empty new_empty_strided new_full new_ones new_zeros ones ones_like resize resize_as
+        scalar_tensor zero zeros zeros_like
     """,
     "adds, possibly with a changed sign": """
-        abs absolute cumsum frac neg negative sgn sign sum nansum trace _foreach_abs _foreach_neg _foreach_sign
-        sum_to_size
+        abs cumsum _foreach_abs _foreach_neg _foreach_sign frac nansum neg sgn sign sum trace
     """,
     "adds up or copies what came from one place, the derivative of a view or a copy": """
-        as_strided_backward col2im diagonal_backward gather_backward index_put _index_put_impl _unsafe_index_put
-        index_select_backward masked_select_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
-        adaptive_max_pool2d_backward adaptive_max_pool3d_backward reflection_pad1d_backward reflection_pad2d_backward
-        reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
-        scatter_add select_backward slice_backward trace_backward unfold_backward upsample_nearest1d_backward
-        upsample_nearest2d_backward upsample_nearest3d_backward value_selecting_reduction_backward
-        _unsafe_masked_index_put_accumulate
+        adaptive_max_pool2d_backward adaptive_max_pool3d_backward col2im diagonal_backward index_put
+        _index_put_impl max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+        reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward
+        replication_pad2d_backward replication_pad3d_backward scatter_add select_backward slice_backward
+        unfold_backward _unsafe_index_put _unsafe_masked_index_put_accumulate upsample_nearest1d_backward
+        upsample_nearest2d_backward upsample_nearest3d_backward
     """,
     "compares and selects": """
-        adaptive_max_pool2d adaptive_max_pool3d all allclose_ amax amin aminmax any argmax argmin argsort bucketize
-        clamp clamp_max clamp_min copysign cummax cummin _cummax_helper _cummin_helper eq equal fmax fmin ge gt hardtanh
-        hardtanh_backward hardshrink hardshrink_backward heaviside isfinite isin isinf isnan isneginf isposinf is_nonzero
-        kthvalue le logical_and logical_not logical_or logical_xor lt masked_fill max max_pool2d_with_indices
-        max_pool3d_with_indices maximum median min minimum mode msort nan_to_num nanmedian ne nonzero
-        relu relu6 searchsorted signbit softshrink softshrink_backward sort threshold threshold_backward topk where
-        _foreach_clamp_max _foreach_clamp_min _foreach_maximum _foreach_minimum _unique2 unique_dim
+        adaptive_max_pool2d adaptive_max_pool3d all amax amin aminmax any argmax argmin bucketize clamp
+        clamp_max clamp_min copysign cummax _cummax_helper cummin _cummin_helper eq equal fmax fmin
+        _foreach_clamp_max _foreach_clamp_min _foreach_maximum _foreach_minimum ge gt hardshrink
+        hardshrink_backward hardtanh hardtanh_backward heaviside isin isinf isnan isneginf isposinf kthvalue le
+        logical_and logical_not logical_or logical_xor lt masked_fill max max_pool2d_with_indices
+        max_pool3d_with_indices maximum median min minimum mode nan_to_num nanmedian ne nonzero relu
+        searchsorted signbit softshrink softshrink_backward sort threshold threshold_backward topk _unique2
+        unique_dim where
     """,
-    "rounds to an integer, a mask on the pattern": "ceil fix floor trunc _foreach_ceil _foreach_floor _foreach_trunc",
-    "works on bits or counts, never on the value of a float": """
-        bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __and__ __iand__
-        __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ arange
+    "rounds to an integer, a mask on the pattern": """
+        ceil floor _foreach_ceil _foreach_floor _foreach_trunc trunc
     """,
     "draws random bits for a mask; their fixed scale is a power of two": "bernoulli rand rand_like",
     "passes a value to Python, or checks something": """
-        item _local_scalar_dense _assert_async _assert_tensor_metadata _version is_pinned is_same_size record_stream
+        _assert_async _assert_tensor_metadata is_pinned is_same_size _local_scalar_dense record_stream
     """,
 }
+_BITS = """
+    __and__ bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __iand__ __ilshift__
+    __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__
+"""
 _CONDITIONAL = {
     "add": "adds; alpha, a factor, is 1 or -1",
     "sub": "subtracts; alpha, a factor, is 1 or -1",
-    "subtract": "subtracts; alpha, a factor, is 1 or -1",
     "rsub": "subtracts; alpha, a factor, is 1 or -1",
     "_foreach_add": "adds; alpha, a factor, is 1 or -1",
     "_foreach_sub": "subtracts; alpha, a factor, is 1 or -1",
@@ -99,10 +100,10 @@ _CONDITIONAL = {
     "index_reduce": "compares; reduce is amax or amin",
     "round": "rounds to an integer; not to decimals, which multiplies",
     "uniform": "draws random bits for a mask; only between 0 and 1, another range multiplies",
+    # a shift of a float multiplies it
+    **dict.fromkeys(_BITS.split(), "works on bit patterns; only of integers"),
 }
-ALLOWED: dict[str, str] = {
-    f"aten.{name}": reason for reason, names in _GROUPS.items() for name in names.split() if not name.endswith("_")
-}
+ALLOWED: dict[str, str] = {f"aten.{name}": reason for reason, names in _GROUPS.items() for name in names.split()}
 """Operator, without the underscore of its in-place form -> why it multiplies nothing. Some have conditions."""
 ALLOWED |= {f"aten.{name}": reason for name, reason in _CONDITIONAL.items()}
 ALLOWED[f"{NAMESPACE}.*"] = "ours: adds bit patterns, proven on the compiled code"
@@ -192,12 +193,17 @@ def is_allowed(function: Any, *args: Any, **kwargs: Any) -> bool:
     """Is a call of an operator (such as `torch.ops.aten.add.Tensor`) on the list, and its condition kept?"""
     if function.namespace == NAMESPACE:
         return True
+    given = _tensors(tree_leaves((args, kwargs)))
+    if any(x.is_complex() for x in given):
+        return False
     name = str(function.overloadpacket)
     if name not in ALLOWED:
         name = name.removesuffix("_")
     if name not in ALLOWED:
         return False
     short = name.removeprefix("aten.")
+    if short in _BITS.split():
+        return not any(x.is_floating_point() for x in given)
     return short not in _CONDITIONAL or _condition(short, function, args, kwargs)
 
 

@@ -49,7 +49,7 @@ CANDIDATES = {
     "matmul_grad": {
         PLAIN: (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 32, 4, 2), Tile(32, 32, 4, 4)),
         MASKED: (Tile(64, 64, 8), Tile(64, 32, 8), Tile(32, 32, 4, 2)),
-        GUARDED: (Tile(64, 32, 8), Tile(32, 32, 4)),
+        GUARDED: (Tile(64, 32, 8), Tile(32, 32, 8)),
     },
 }
 """Kernel -> mode -> what the autotuner may choose on a device. None spills (`kernels/aot.py`)."""

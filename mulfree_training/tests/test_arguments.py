@@ -197,7 +197,9 @@ def test_tensors_without_elements_or_dimensions():
     none, single = torch.zeros(0), torch.tensor(1.5)
     for function in UNARY:
         assert function(none).shape == (0,) and function(single).shape == ()
-    assert pam_mul(none, 2.0).shape == (0,) and pam_mul(single, single).item() == 2 and pam_mul(none, single).shape == (0,)
+    assert (
+        pam_mul(none, 2.0).shape == (0,) and pam_mul(single, single).item() == 2 and pam_mul(none, single).shape == (0,)
+    )
     assert pam_dropout(none).shape == (0,)
 
 

@@ -109,9 +109,7 @@ def test_log_softmax_is_its_composition(rule, alpha, lse_log2):
     x, g, o = gaussian(20, N, scale=3), gaussian(20, N, seed=1), {"derivative": rule, "alpha": alpha}
     if rule == "exact" and lse_log2 == "approx":
         lse_log2 = "exact"  # the exact rule is never made less exact
-    matches(
-        lambda x: pam_log_softmax(x, lse_log2=lse_log2, **o), lambda x: log_softmax(x, lse_log2, **o), x, grad=g
-    )
+    matches(lambda x: pam_log_softmax(x, lse_log2=lse_log2, **o), lambda x: log_softmax(x, lse_log2, **o), x, grad=g)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS[:3])
@@ -120,9 +118,7 @@ def test_log_softmax_is_its_composition(rule, alpha, lse_log2):
 def test_layer_norm_is_its_composition(parts, rule, alpha):
     x, g, o = 1 + gaussian(20, N, scale=3), gaussian(20, N, seed=1), {"derivative": rule, "alpha": alpha}
     weights = [gaussian(N, seed=2), gaussian(N, seed=3)][:parts]
-    matches(
-        lambda x, *w: pam_layer_norm(x, (N,), *w, **o), lambda x, *w: layer_norm(x, *w, **o), x, *weights, grad=g
-    )
+    matches(lambda x, *w: pam_layer_norm(x, (N,), *w, **o), lambda x, *w: layer_norm(x, *w, **o), x, *weights, grad=g)
 
 
 def test_a_bias_alone():
@@ -231,7 +227,9 @@ def test_rows_are_independent(function, rule):
     mixed, grad = others[order], torch.cat([g, gaussian(4, N, seed=3)])[order]
     place = order.argsort()[:6]
     assert_same(function(mixed)[place], function(x))
-    found, truth = (gradients(lambda x: function(x, derivative=rule), *o[:1], grad=o[1])[0] for o in ((mixed, grad), (x, g)))
+    found, truth = (
+        gradients(lambda x: function(x, derivative=rule), *o[:1], grad=o[1])[0] for o in ((mixed, grad), (x, g))
+    )
     assert_same(found[place], truth)
 
 

@@ -120,9 +120,7 @@ def test_one_matrix_for_a_batch_gets_one_sum_over_all_rows():
     a, b, g = ordinary(3, 4, 7, seed=1), ordinary(7, 5, seed=2), ordinary(3, 4, 5, seed=3)
     for rule in RULES:
         found = gradients(lambda a, b, r=rule: pam_matmul(a, b, derivative=r), a, b, grad=g)
-        truth = gradients(
-            lambda a, b, r=rule: pam_matmul(a, b, derivative=r), a.flatten(0, 1), b, grad=g.flatten(0, 1)
-        )
+        truth = gradients(lambda a, b, r=rule: pam_matmul(a, b, derivative=r), a.flatten(0, 1), b, grad=g.flatten(0, 1))
         assert_same(found[0].flatten(0, 1), truth[0])
         assert_same(found[1], truth[1])
 
@@ -286,6 +284,8 @@ def test_a_group_sees_its_channels_only():
 def test_empty_batches_and_bfloat16_convolutions():
     x, w = ordinary(2, 4, 5, 5, seed=1), ordinary(6, 4, 3, 3, seed=2)
     assert pam_conv2d(x[:0], w).shape == (0, 6, 3, 3)
-    assert_same(pam_conv2d(x.bfloat16(), w.bfloat16()), pam_conv2d(x.bfloat16().float(), w.bfloat16().float()).bfloat16())
+    assert_same(
+        pam_conv2d(x.bfloat16(), w.bfloat16()), pam_conv2d(x.bfloat16().float(), w.bfloat16().float()).bfloat16()
+    )
     assert pam_linear(torch.zeros(0, 3), torch.zeros(4, 3), torch.zeros(4)).shape == (0, 4)
     assert_same(pam_linear(torch.zeros(2, 0), torch.zeros(4, 0), torch.ones(4)), torch.ones(2, 4))

@@ -201,10 +201,12 @@ def test_exp2_equals_its_formula():
 
 
 def test_exp2_saturates():
-    x = torch.tensor([-INF, -1e30, -2.0**31, -254.5, -126 - 2.0**-16, 127.5, 128 - 2.0**-16, 128.0, 300.0, 1e30, INF, NAN])
+    x = torch.tensor(
+        [-INF, -1e30, -(2.0**31), -254.5, -126 - 2.0**-16, 127.5, 128 - 2.0**-16, 128.0, 300.0, 1e30, INF, NAN]
+    )
     truth = [0.0, 0.0, 0.0, 0.0, 0.0, 1.5 * 2.0**127, 2.0**128 - 2.0**111, INF, INF, INF, INF, NAN]
     assert_same(reference.exp2(x), torch.tensor(truth), x)
-    assert_same(reference.exp2(torch.tensor([-0.0, 0.0, -1e-30, -2.0**-24])), torch.ones(4))
+    assert_same(reference.exp2(torch.tensor([-0.0, 0.0, -1e-30, -(2.0**-24)])), torch.ones(4))
     x = torch.tensor([-1022.0, -1022.1, 1023.75, 1024.0, INF, -INF, NAN], dtype=torch.float64)
     truth = [2.0**-1022, 0.0, 1.75 * 2.0**1023, INF, INF, 0.0, NAN]
     assert_same(reference.exp2(x), torch.tensor(truth, dtype=torch.float64), x)
