@@ -25,13 +25,16 @@ from mulfree_training.modules import (
     PAMLogSoftmax,
     PAMSoftmax,
 )
+from mulfree_training.operations import operation_count
 from mulfree_training.optim import PAMSGD, PAMAdamW
 from mulfree_training.primitives import pam_div, pam_exp, pam_exp2, pam_log, pam_log2, pam_mul, pam_pow, pam_sqrt
 from mulfree_training.products import pam_conv2d, pam_linear, pam_matmul
+from mulfree_training.proof import MultiplicationError, count_multiplications, forbid_multiplications
 
 __all__ = [
     "PAMGELU",
     "PAMSGD",
+    "MultiplicationError",
     "PAMAdamW",
     "PAMAttention",
     "PAMConv1d",
@@ -43,6 +46,9 @@ __all__ = [
     "PAMLogSoftmax",
     "PAMSoftmax",
     "convert_to_mulfree",
+    "count_multiplications",
+    "forbid_multiplications",
+    "operation_count",
     "pam_attention",
     "pam_conv2d",
     "pam_cross_entropy",

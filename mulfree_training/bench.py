@@ -40,7 +40,7 @@ PRODUCTS = (
     (96, 128, 128, 32),
     (256, 17, 16, 17),
 )
-"""(batch, M, K, P): squares, a linear layer and its weight gradient, attention scores and their products with values."""
+"""(batch, M, K, P): squares, a linear layer and its weight gradient, attention scores and products with values."""
 BACKWARD = ((1, 256, 256, 256), (1, 512, 512, 512), (1, 1088, 64, 192), (128, 65, 32, 65), (256, 17, 16, 17))
 EMULATED = 2**25
 """Multiply-accumulates up to which the plain PyTorch face is timed too."""

@@ -1,8 +1,8 @@
 """Proof on the compiled C++ kernels: no instruction in them multiplies or divides floats, or vectors of integers.
 
 `scan_library` reads a shared library through `objdump -d`; without objdump, the assembly that the compiler writes for
-its source. x86-64 and AArch64. A call of a function elsewhere is a finding too, for its code is not seen, unless it is
-known to do no arithmetic (memory, threads). The runtime of OpenMP and the C library themselves are not scanned.
+its source. x86-64 and AArch64. A function that the library takes from elsewhere is a finding too, for its code is not
+seen, unless it is known to do no arithmetic (memory, threads): the runtime of OpenMP and the C library are not scanned.
 
 Scalar integers may be multiplied and divided: they are sizes and addresses. `ALLOWED_INSTRUCTIONS` gives the reasons,
 and every scan says how many there are.
@@ -39,13 +39,12 @@ ALLOWED_INSTRUCTIONS: dict[str, dict[str, str]] = {
     },
 }
 """Architecture -> instruction on general registers -> what it is for."""
-
 ALLOWED_CALLS = re.compile(
-    r"GOMP_\w+|omp_\w+|__kmpc_\w+"  # threads
-    r"|(?:__)?mem(?:cpy|set|move|cmp)(?:_chk)?|malloc|calloc|realloc|free|posix_memalign|aligned_alloc|_Zn[wa]\w+|_Zd[la]\w+"
-    r"|abort|__stack_chk_fail|__tls_get_addr|__cxa_\w+|_Unwind_Resume|_ZSt\d+__throw_\w+|__gmon_start__|_ITM_\w+"
+    r"GOMP_\w+|omp_\w+|__kmpc_\w+|abort|__stack_chk_fail|__tls_get_addr"
+    r"|(?:__)?mem(?:cpy|set|move|cmp)(?:_chk)?|malloc|calloc|realloc|free|posix_memalign|aligned_alloc"
+    r"|_Zn[wa]\w+|_Zd[la]\w+|__cxa_\w+|_Unwind_Resume|__gxx_personality_v\d|_ZSt\d+__throw_\w+|__gmon_start__|_ITM_\w+"
 )
-"""Functions outside that do no floating-point arithmetic."""
+"""Functions from elsewhere that do no floating-point arithmetic: threads, memory, errors, start and end."""
 
 # looked up where an operand is a vector register; scalar integers have instructions of the same names
 _X86 = re.compile(r"mul(?!tishift)|div|sqrt|rcp|madd|msub|scalef|exp2|^v?dp[pb]|^vp4?dp|^t(?:dp|cmm|mmul)")
@@ -54,20 +53,19 @@ _X87 = re.compile(r"f(?:i?mul|i?div|sqrt|2xm1|yl2x|scale|prem|ptan|patan|sin|cos
 _ARM = re.compile(r"mul|mla|mls|mad|msb|msub|mneg|div|sqrt|recp|dot|mop|scale|expa")
 _ARM_GENERAL = re.compile(r"[wx](?:\d+|zr)\b")
 _UNKNOWN = re.compile(r"\(bad\)|\.byte|\.word|\.inst|udf|undefined|<unknown>")
-_PREFIX = re.compile(
-    r"(?:(?:lock|repn?[ez]?|bnd|notrack|data16|addr32|[cdefgs]s|xacquire|xrelease|\{\w+\}|rex\S*)\s+)+"
-)
-_CALLS, _JUMPS = re.compile(r"call\w*|blr?"), re.compile(r"jmp\w*|br?")
-_HEADER, _LABEL = re.compile(r"[0-9a-f]+ <(.+)>:$"), re.compile(r"([A-Za-z_$][\w.$]*):")
-_START = ("_init", "_fini")
-"""Brought by the compiler, to start and end a library."""
+_PREFIX = re.compile(r"^(?:(?:lock|repn?[ez]?|bnd|notrack|data16|addr32|[cdefgs]s|\{\w+\}|rex\S*)\s+)+")
+_HEADER, _LABEL = re.compile(r"[0-9a-f]+ <(.+)>:$"), re.compile(r"^([A-Za-z_$][\w.$]*):", re.MULTILINE)
+# what is called, or has its address taken through a table of the linker
+_WANTED = re.compile(r"([A-Za-z_$][\w.$]*)@(?:PLT|GOTPCREL)|^(?:bl?|call\w*|jmp)\s+([A-Za-z_$][\w.$]*)$|:got:([\w$.]+)")
 
 
 class Finding(NamedTuple):
-    """One instruction that must not be there."""
+    """One instruction that must not be there, or one function from elsewhere."""
 
     function: str
+    """Where the instruction is; "" for a function from elsewhere."""
     instruction: str
+    """Or the name of the function."""
     reason: str
 
 
@@ -110,18 +108,20 @@ def scan_library(path: Path | str, source: Path | None = None, flags: Sequence[s
         raise FileNotFoundError(f"path={path}: no such file")
     objdump = shutil.which("objdump") or shutil.which("llvm-objdump")
     if objdump is not None:
-        result = subprocess.run([objdump, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{objdump} failed on {path}: {result.stderr.strip()[:200]}")
-        return _scan(str(path), "objdump", result.stdout[:300], list(_disassembled(result.stdout)))
+        text = _output([objdump, "-d", "--no-show-raw-insn", str(path)])
+        symbols = _output([objdump, "-T", str(path)]).splitlines()
+        wanted = {line.split()[-1] for line in symbols if "*UND*" in line}
+        return _scan(str(path), "objdump", text[:300], list(_disassembled(text)), wanted)
     if source is None or native.compiler("c++") is None:
         raise FileNotFoundError(f"path={path}: needs objdump (binutils), or the source and a C++ compiler")
-    return _scan(str(path), "compiler", platform.machine(), list(_assembled(_compiled(source, flags))))
+    return scan_assembly(_compiled(source, flags), platform.machine())._replace(path=str(path))
 
 
 def scan_assembly(text: str, machine: str) -> Scan:
     """As `scan_library`, of what a compiler writes; `machine` is such as `x86_64` or `aarch64`."""
-    return _scan("", "compiler", machine, list(_assembled(text)))
+    code = list(_assembled(text))
+    wanted = {name for _, instruction in code for names in _WANTED.findall(instruction) for name in names if name}
+    return _scan("", "compiler", machine, code, wanted - set(_LABEL.findall(text)))
 
 
 def scan_kernels() -> dict[str, Scan]:
@@ -143,7 +143,8 @@ def scan_control(level: str | None = None, text: str = CONTROL) -> Scan:
         text: the source.
 
     Raises:
-        RuntimeError, FileNotFoundError: as `scan_kernels`.
+        RuntimeError: as `scan_kernels`.
+        FileNotFoundError: as `scan_kernels`.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "control.cpp"
@@ -152,24 +153,30 @@ def scan_control(level: str | None = None, text: str = CONTROL) -> Scan:
 
 
 def _scan_built(source: Path, level: str) -> Scan:
-    # a path that is absolute stays as it is in cpp.library
-    library = cpp.library(str(source), (), level)
+    library = cpp.library(str(source), {}, level)  # an absolute path stays what it is there
     if library is None:
-        raise RuntimeError(f"{source.name} for {level}: must be built, but there is no C++ compiler")
+        raise RuntimeError(f"{source.name} for {level}: must be built, but there is no C++ compiler, or it failed")
     march = (cpp.LEVELS[level],) if cpp.X86 else ()
     return scan_library(library._name, source, (*cpp.EXACT, *march))
 
 
+def _output(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr.strip()[:200]}")
+    return result.stdout
+
+
 def _compiled(source: Path, flags: Sequence[str]) -> str:
     """The assembly of a source, compiled with the first flags that work, as `native.load` does."""
-    command, complaint = native.compiler("c++") or [], ""
+    command = native.compiler("c++") or []
     for optional in native.OPTIONAL_FLAGS:
         line = [*command, *native.BASE_FLAGS, *optional, *flags, "-S", str(source), "-o", "-"]
-        result = subprocess.run(line, capture_output=True, text=True)
-        if result.returncode == 0:
-            return result.stdout
-        complaint = result.stderr
-    raise RuntimeError(f"{source.name}: must compile: {complaint.strip()[:200]}")
+        try:
+            return _output(line)
+        except RuntimeError as error:
+            complaint = error
+    raise complaint
 
 
 def _disassembled(text: str) -> Iterator[tuple[str, str]]:
@@ -179,7 +186,6 @@ def _disassembled(text: str) -> Iterator[tuple[str, str]]:
         header = _HEADER.match(line)
         if header:
             function = header[1]
-            continue
         address, tab, instruction = line.partition("\t")
         if tab and address.strip().endswith(":"):
             yield function, instruction.replace("\t", " ").strip()
@@ -197,22 +203,21 @@ def _assembled(text: str) -> Iterator[tuple[str, str]]:
             yield function, instruction.replace("\t", " ")
 
 
-def _scan(path: str, tool: str, machine: str, code: list[tuple[str, str]]) -> Scan:
+def _scan(path: str, tool: str, machine: str, code: list[tuple[str, str]], wanted: set[str]) -> Scan:
     kind = _architecture(machine)
-    functions = {function for function, _ in code}
-    # stubs of the linker, which jump to functions elsewhere: their calls are what counts
-    code = [(function, instruction) for function, instruction in code if not re.search(r"@plt|^\.plt", function)]
-    findings, allowed = [], Counter[str]()
+    strange = "a function from elsewhere, whose code is not seen"
+    findings = [Finding("", name, strange) for name in sorted(wanted) if not ALLOWED_CALLS.fullmatch(name)]
+    allowed: Counter[str] = Counter()
     for function, written in code:
         instruction = _PREFIX.sub("", written)
         name, _, operands = instruction.partition(" ")
-        reason = _why(kind, name, operands) or _unseen(function, name, operands.strip(), functions)
+        reason = _why(kind, name, operands.strip())
+        known = name if name in ALLOWED_INSTRUCTIONS[kind] else re.sub("[bwlq]$", "", name)
         if reason:
             findings.append(Finding(function, instruction, reason))
-        known = name if name in ALLOWED_INSTRUCTIONS[kind] else re.sub("[bwlq]$", "", name)
-        if not reason and known in ALLOWED_INSTRUCTIONS[kind]:
+        elif known in ALLOWED_INSTRUCTIONS[kind]:
             allowed[known] += 1
-    return Scan(path, tool, len(functions), len(code), findings, dict(allowed))
+    return Scan(path, tool, len({function for function, _ in code}), len(code), findings, dict(allowed))
 
 
 def _architecture(machine: str) -> str:
@@ -224,32 +229,12 @@ def _architecture(machine: str) -> str:
 
 
 def _why(kind: str, name: str, operands: str) -> str | None:
-    """Why an instruction is forbidden for what it computes, or None."""
+    """Why an instruction is forbidden, or None."""
     if _UNKNOWN.match(name):
         return "not recognised"
     if kind == "x86":
-        vector = _X86_VECTOR.search(operands) and _X86.search(name)
-        return "multiplies, divides or takes roots" if vector or _X87.match(name) else None
-    general = _ARM_GENERAL.match(operands)
-    return "multiplies, divides or takes roots" if _ARM.search(name) and not general else None
-
-
-def _unseen(function: str, name: str, operands: str, functions: set[str]) -> str | None:
-    """Why a call is forbidden, or None."""
-    call = _CALLS.fullmatch(name)
-    if not call and not _JUMPS.fullmatch(name):
-        return None
-    named = re.search(r"<([^>]+)>", operands)
-    if named:
-        # objdump: what is elsewhere has an @
-        target, at, _ = named[1].partition("@")
-        inside = not at and not target.startswith(".plt")
-    elif operands.startswith("*") and "@" not in operands or name in ("blr", "br"):
-        # a jump like this goes to a case of a switch
-        return "calls code that is not seen" if call and function not in _START else None
+        vector = _X86.search(name) and _X86_VECTOR.search(operands)
+        found = bool(vector or _X87.match(name))
     else:
-        target = operands.lstrip("*").split("@")[0].split("(")[0]
-        inside = target.startswith(".") or not re.match(r"[A-Za-z_$]", target)
-    if inside or target in functions or ALLOWED_CALLS.fullmatch(target):
-        return None
-    return "calls code that is not seen"
+        found = bool(_ARM.search(name) and not _ARM_GENERAL.match(operands))
+    return "multiplies, divides or takes roots" if found else None

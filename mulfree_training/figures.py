@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.figures import INK, bars_with_ci, interval, look, new, paired_dots
-from common.pairing import both, rows, values
+from common.pairing import Array, rows, values
+from mulfree_training.judging.samples import ACCURACY, FULL_NATS, FULL_POINTS, NATS, NLL, POINTS, gaps, pair
 from mulfree_training.names import ROWS, name
 
 if TYPE_CHECKING:
@@ -19,24 +21,35 @@ if TYPE_CHECKING:
 
 EVEN: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
 MARGIN: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": "--"}
-MARGINS = {"test_accuracy": (-1.5, -2.0), "test_nll": (0.05, 0.08)}
-LABELS = {"test_accuracy": "accuracy less float32 (points)", "test_nll": "loss less float32 (nats)"}
+MARGINS = {ACCURACY: (-POINTS, -FULL_POINTS), NLL: (NATS, FULL_NATS)}
+LABELS = {ACCURACY: "accuracy less\n{} (points)", NLL: "loss less\n{} (nats)"}
 BEFORE = ("perturbed", "bf16")
+DOMAINS = (("vision", ACCURACY), ("language", NLL))
 
 
-def _differences(ax: Axes, frame: pd.DataFrame, arms: Sequence[str], metric: str, baseline: str = "standard") -> None:
-    """Paired differences from a baseline, an arm a line: seeds as dots, mean and interval beside them."""
-    shown = [arm for arm in arms if (frame["arm"] == arm).any()]
-    for i, arm in enumerate(shown):
-        own, other = both(frame, arm, baseline, metric, mode="max" if metric == "test_accuracy" else "min")
-        gap = own - other
-        mean, low, high = interval(gap)
-        ax.plot(gap, np.full(len(gap), i - 0.15), linestyle="none", marker="o", markersize=3, color=INK, alpha=0.4)
-        ax.errorbar(mean, i + 0.15, xerr=[[mean - low], [high - mean]], fmt="s", color=INK, capsize=3, markersize=4)
+def _line(ax: Axes, found: Array, place: float) -> None:
+    """Differences on one line: seeds as dots, mean and interval below them."""
+    mean, low, high = interval(found)
+    ax.plot(found, np.full(len(found), place - 0.15), linestyle="none", marker="o", markersize=3, color=INK, alpha=0.4)
+    ax.errorbar(mean, place + 0.15, xerr=[[mean - low], [high - mean]], fmt="s", color=INK, capsize=3, markersize=4)
+
+
+def _differences(ax: Axes, frame: pd.DataFrame, arms: Sequence[str], metric: str) -> None:
+    """Paired differences from float32, an arm a line; that of an arm without records stays empty."""
+    for i, arm in enumerate(arms):
+        if (frame["arm"] == arm).any():
+            _line(ax, gaps(frame, arm, "standard", metric).to_numpy(), i)
     ax.axvline(0, **EVEN)
-    ax.set_yticks(range(len(shown)), [name(arm) for arm in shown])
-    ax.invert_yaxis()
-    ax.set_xlabel(LABELS[metric])
+    ax.set_yticks(range(len(arms)), [name(arm) for arm in arms])
+    ax.set_ylim(len(arms) - 0.5, -0.5)
+    ax.set_xlabel(LABELS[metric].format("float32"))
+    ax.locator_params(axis="x", nbins=4)
+
+
+def _known(records: Records, arms: Sequence[str]) -> list[str]:
+    """Those of the arms that vision or language has."""
+    found = {arm for experiment, _ in DOMAINS for arm in records[experiment]["arm"]}
+    return [arm for arm in arms if arm in found]
 
 
 def _margins(ax: Axes, metric: str, arms: Sequence[str]) -> None:
@@ -50,11 +63,12 @@ def _margins(ax: Axes, metric: str, arms: Sequence[str]) -> None:
 def rows_of_ablation(records: Records) -> Figure:
     """What each row of the ablation costs, in vision and in language; what a rounding unit does, for comparison."""
     figure, axes = new(1, 2, height=3.9)
-    for ax, experiment, metric in zip(axes, ("vision", "language"), ("test_accuracy", "test_nll"), strict=True):
-        frame = records[experiment]
-        arms = [arm for arm in (*BEFORE, *ROWS) if (frame["arm"] == arm).any()]
-        _differences(ax, frame, arms, metric)
+    arms = _known(records, (*BEFORE, *ROWS))
+    for ax, (experiment, metric) in zip(axes, DOMAINS, strict=True):
+        _differences(ax, records[experiment], arms, metric)
         _margins(ax, metric, arms)
+        ax.set_title(experiment, loc="left")
+    axes[1].set_yticklabels([])
     return figure
 
 
@@ -62,16 +76,18 @@ def training_lengths(records: Records) -> Figure:
     """Test loss after half and all of the steps."""
     arms = ("standard", "matmul", "full")
     figure, axes = new(1, 2, height=3.4)
-    for ax, experiment, title in zip(axes, ("language_short", "language"), ("half of the steps", "all"), strict=True):
-        samples = [values(records[experiment], arm, "test_nll", mode="min") for arm in arms]
+    for ax, experiment, title in zip(
+        axes, ("language_short", "language"), ("after half of the steps", "after all steps"), strict=True
+    ):
+        samples = [values(records[experiment], arm, NLL, mode="min") for arm in arms]
         bars_with_ci(ax, ["float32", "matrix\nproducts", "no multi-\nplication"], samples, "test loss (nats)")
-        ax.set_title(title, loc="left")
+        ax.set_xlabel(title)
     return figure
 
 
 def convolution(records: Records) -> Figure:
     """Accuracy of the convolutional network in both arithmetics."""
-    a, b = both(records["convolution"], "standard", "matmul", "test_accuracy")
+    a, b = pair(records["convolution"], "standard", "matmul", ACCURACY)
     figure, ax = new()
     paired_dots(ax, a, b, (name("standard"), "piecewise affine"), "test accuracy (%)")
     return figure
@@ -79,11 +95,11 @@ def convolution(records: Records) -> Figure:
 
 def rules(records: Records) -> Figure:
     """Test loss of both rules less that of float32."""
-    arms = ("matmul", "matmul_exact", "full", "full_exact", "full_exact_but_loss")
+    arms = _known(records, ("matmul", "matmul_exact", "full", "full_exact", "full_exact_but_loss"))
     figure, axes = new(1, 2, height=3.4)
-    for ax, experiment in zip(axes, ("vision", "language"), strict=True):
-        _differences(ax, records[experiment], arms, "test_nll")
-        ax.set_title(experiment)
+    for ax, (experiment, _) in zip(axes, DOMAINS, strict=True):
+        _differences(ax, records[experiment], arms, NLL)
+        ax.set_title(experiment, loc="left")
     axes[1].set_yticklabels([])
     return figure
 
@@ -91,20 +107,18 @@ def rules(records: Records) -> Figure:
 def constant(records: Records) -> Figure:
     """What alpha changes."""
     figure, axes = new(1, 2, height=2.6)
-    for ax, experiment, metric in zip(axes, ("vision", "language"), ("test_accuracy", "test_nll"), strict=True):
-        frame = records[experiment]
-        for i, (arm, without) in enumerate((("matmul_alpha", "matmul"), ("full_alpha", "full"))):
-            own, other = both(frame, arm, without, metric, mode="max" if metric == "test_accuracy" else "min")
-            mean, low, high = interval(own - other)
-            ax.plot(own - other, np.full(len(own), i - 0.1), linestyle="none", marker="o", color=INK, alpha=0.4)
-            ax.errorbar(mean, i + 0.1, xerr=[[mean - low], [high - mean]], fmt="s", color=INK, capsize=3)
+    for ax, (experiment, metric) in zip(axes, DOMAINS, strict=True):
+        for i, arm in enumerate(("matmul", "full")):
+            _line(ax, gaps(records[experiment], f"{arm}_alpha", arm, metric).to_numpy(), i)
         bound = abs(MARGINS[metric][0])
         for edge in (-bound, bound):
             ax.axvline(edge, **MARGIN)
         ax.axvline(0, **EVEN)
         ax.set_yticks([0, 1], ["matrix products", "everything"])
         ax.set_ylim(1.5, -0.5)
-        ax.set_xlabel(f"{'accuracy (points)' if metric == 'test_accuracy' else 'loss (nats)'}: with alpha − without")
+        ax.set_xlabel(LABELS[metric].format("without"))
+        ax.locator_params(axis="x", nbins=4)
+        ax.set_title(experiment, loc="left")
     axes[1].set_yticklabels([])
     return figure
 
@@ -115,9 +129,9 @@ def baselines(records: Records) -> Figure:
     arms = ("standard", "bf16", "matmul", "full", "power_of_two", "adder")
     shown = [arm for arm in arms if (frame["arm"] == arm).any()]
     figure, ax = new()
-    samples = [values(frame, arm, "test_accuracy") for arm in shown]
-    bars_with_ci(ax, [name(arm).replace(": ", ":\n") for arm in shown], samples, "test accuracy (%)")
-    ax.tick_params(axis="x", labelrotation=20)
+    samples = [values(frame, arm, ACCURACY) for arm in shown]
+    bars_with_ci(ax, [textwrap.fill(name(arm), 14) for arm in shown], samples, "test accuracy (%)")
+    ax.tick_params(axis="x", labelsize=8)
     return figure
 
 
@@ -163,7 +177,7 @@ def affine(records: Records) -> Figure:
 
 
 def findings(records: Records) -> Figure:
-    """Multiplying operations in one step, row by row."""
+    """Multiplying operations in two steps, row by row."""
     frame = records["proof"]
     arms = ("standard", *ROWS, "full_exact")
     counts = [float(rows(frame, arm=arm)["findings"].iloc[0]) for arm in arms]
@@ -174,7 +188,7 @@ def findings(records: Records) -> Figure:
     ax.set_yticks(range(len(arms)), [name(arm) for arm in arms])
     ax.invert_yaxis()
     ax.set_xlim(0, 1.15 * max(max(counts), 1))
-    ax.set_xlabel("multiplying operations in one training step")
+    ax.set_xlabel("multiplying operations in two training steps")
     return figure
 
 

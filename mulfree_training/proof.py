@@ -10,8 +10,8 @@ Three things are out of sight here, and proven or listed elsewhere: what happens
 inside operators that another package registers (they are findings, whatever they do), and arithmetic on Python numbers
 such as a learning rate. A function under `torch.compile` runs uncompiled in the block, and is seen.
 
-The managers nest, and see the thread that entered them and the backward passes that it starts, on any device; other
-threads they do not see.
+The managers nest. They see the thread that entered them, and the backward passes that it starts (PyTorch hands them on
+to the threads in which it runs those of a GPU); other threads they do not see.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _GROUPS = {
     """,
     "copies, joins or rearranges numbers": """
         as_strided_scatter cat channel_shuffle clone constant_pad_nd copy _copy_from diag_embed diagonal_scatter
-        expand_copy flip _foreach_copy gather im2col index index_copy index_select lift_fresh_copy
+        embedding expand_copy flip _foreach_copy gather im2col index index_copy index_select lift_fresh_copy
         masked_scatter masked_select max_unpool2d max_unpool3d _pin_memory pixel_shuffle pixel_unshuffle
         reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d
         replication_pad2d replication_pad3d _reshape_copy roll rot90 select_scatter set slice_scatter stack take
@@ -82,6 +82,7 @@ _BITS = """
     __and__ bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __iand__ __ilshift__
     __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__
 """
+ONLY_INTEGERS = "works on bit patterns; only of integers"
 _CONDITIONAL = {
     "add": "adds; alpha, a factor, is 1 or -1",
     "sub": "subtracts; alpha, a factor, is 1 or -1",
@@ -89,7 +90,6 @@ _CONDITIONAL = {
     "_foreach_add": "adds; alpha, a factor, is 1 or -1",
     "_foreach_sub": "subtracts; alpha, a factor, is 1 or -1",
     "index_add": "adds; alpha, a factor, is 1 or -1",
-    "embedding": "copies rows; with scale_grad_by_freq its derivative divides, and is a finding",
     "embedding_dense_backward": "adds up rows; not with scale_grad_by_freq, which divides by frequencies",
     "_embedding_bag": "adds rows; only mode sum without weights",
     "_embedding_bag_forward_only": "adds rows; only mode sum without weights",
@@ -101,12 +101,14 @@ _CONDITIONAL = {
     "round": "rounds to an integer; not to decimals, which multiplies",
     "uniform": "draws random bits for a mask; only between 0 and 1, another range multiplies",
     # a shift of a float multiplies it
-    **dict.fromkeys(_BITS.split(), "works on bit patterns; only of integers"),
+    **dict.fromkeys(_BITS.split(), ONLY_INTEGERS),
 }
 ALLOWED: dict[str, str] = {f"aten.{name}": reason for reason, names in _GROUPS.items() for name in names.split()}
 """Operator, without the underscore of its in-place form -> why it multiplies nothing. Some have conditions."""
 ALLOWED |= {f"aten.{name}": reason for name, reason in _CONDITIONAL.items()}
 ALLOWED[f"{NAMESPACE}.*"] = "ours: adds bit patterns, proven on the compiled code"
+SHOWN = 4
+"""Operands that an error shows at most."""
 
 
 class MultiplicationError(RuntimeError):
@@ -135,7 +137,9 @@ def forbid_multiplications(allow: Iterable[str] = (), *, integers: bool = False)
     """
 
     def found(name: str, function: Any, leaves: list[Any]) -> None:
-        shown = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in _tensors(leaves))
+        tensors = _tensors(leaves)
+        shown = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in tensors[:SHOWN])
+        shown += f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
         raise MultiplicationError(name, f"{function} on {shown or 'numbers'} may multiply{_place()}")
 
     with _Gate(found, _names(allow), integers):
@@ -202,7 +206,7 @@ def is_allowed(function: Any, *args: Any, **kwargs: Any) -> bool:
     if name not in ALLOWED:
         return False
     short = name.removeprefix("aten.")
-    if short in _BITS.split():
+    if ALLOWED[name] is ONLY_INTEGERS:
         return not any(x.is_floating_point() for x in given)
     return short not in _CONDITIONAL or _condition(short, function, args, kwargs)
 
@@ -210,8 +214,6 @@ def is_allowed(function: Any, *args: Any, **kwargs: Any) -> bool:
 def _condition(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     given = {x.name: x.default_value for x in function._schema.arguments if x.has_default_value()}
     given |= dict(zip((x.name for x in function._schema.arguments), args, strict=False)) | kwargs
-    if name == "embedding":
-        return True
     if name == "round":
         return "decimals" not in given
     if name == "uniform":

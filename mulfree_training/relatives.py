@@ -16,7 +16,10 @@ BLOCK = 32
 
 
 class PowerOfTwo(nn.Module):
-    """Rounds a weight to the nearest power of two in the forward pass; the gradient goes through (DeepShift, 2019)."""
+    """Rounds a weight to a power of two in the forward pass, the nearest by logarithm; the gradient goes through.
+
+    DeepShift (Elhoushi et al. 2019).
+    """
 
     def forward(self, weight: Tensor) -> Tensor:
         """Any shape; 0 stays 0."""
@@ -45,18 +48,26 @@ class _Adder(torch.autograd.Function):
         return g_x, g_weight
 
 
-class AdderLinear(nn.Linear):
-    """Linear layer that compares by L1 distance instead of multiplying, scaled to the size of a product's sum.
+class AdderLinear(nn.Module):
+    """Compares by L1 distance instead of multiplying, with a batch norm behind, as AdderNet's layers have one.
 
-    The distances have a large mean and little variance; AdderNet follows them with a batch norm. A transformer has none
-    there, so the mean over outputs is taken off and the rest divided by sqrt(K).
+    Takes over a linear layer's weights, scaled to variance 1 as AdderNet draws them: distances to weights much smaller
+    than the inputs hardly see more of an input than its sign.
+
+    Args:
+        layer: whose weights (P, K) are taken; its bias is that of the batch norm now, 0.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, K) -> (…, P)."""
-        y = _Adder.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
-        y = (y - y.mean(-1, keepdim=True)) / self.in_features**0.5
-        return y if self.bias is None else y + self.bias
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        with torch.no_grad():
+            self.weight.div_(self.weight.std())
+        self.norm = nn.BatchNorm1d(layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) -> (…, P); in training the norm is over all rows of the batch, at least two."""
+        return self.norm(_Adder.apply(x.flatten(0, -2), self.weight)).unflatten(0, x.shape[:-1])
 
 
 def use_powers_of_two(model: nn.Module) -> None:
@@ -69,12 +80,21 @@ def use_powers_of_two(model: nn.Module) -> None:
 
 
 def use_adders(model: nn.Module) -> None:
-    """Turn the two layers of every hidden layer (`hidden` and `out` of a block) into `AdderLinear`, in place."""
-    for part in model.modules():
-        for name in ("hidden", "out"):
-            layer = getattr(part, name, None)
-            if isinstance(layer, nn.Linear):
-                layer.__class__ = AdderLinear
+    """Replace the two layers of every hidden layer (`hidden` and `out` of a block) by `AdderLinear`, in place.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        (part, name, layer)
+        for part in model.modules()
+        for name in ("hidden", "out")
+        if isinstance(layer := getattr(part, name, None), nn.Linear)
+    ]
+    if not found:
+        raise ValueError("arithmetic.kind=adder: must have a network with hidden layers, a transformer")
+    for part, name, layer in found:
+        setattr(part, name, AdderLinear(layer))
 
 
 @torch.no_grad()

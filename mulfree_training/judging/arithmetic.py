@@ -259,8 +259,8 @@ CLAIMS = [
         },
         control=blind,
         figure=figures.findings,
-        caption="Operations with floating-point numbers in one training step that are not on the list of what adds, "
-        "compares and moves, row by row of the ablation.",
+        caption="Operations with floating-point numbers in the first two training steps that are not on the list of "
+        "what adds, compares and moves, row by row of the ablation.",
         note="Outside tensors the schedule of the learning rate is computed once a step, in Python's floats; bias "
         "correction and decay are piecewise affine here (`arithmetic.host_scalars=pam`).",
     ),

@@ -20,6 +20,10 @@ Test = Callable[["Records"], Outcome]
 UNKNOWN = "not established"
 BANDS = "Bars: 95 % t interval of the mean over seeds; dots: seeds."
 ACCURACY, NLL = "test_accuracy", "test_nll"
+POINTS, NATS = 1.5, 0.05
+"""Loss of accuracy and of likelihood that does not count; fixed before any run."""
+FULL_POINTS, FULL_NATS = 2.0, 0.08
+"""The same where nothing multiplies."""
 
 
 def unit(metric: str) -> str:

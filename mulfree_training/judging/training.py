@@ -11,7 +11,11 @@ from mulfree_training import figures
 from mulfree_training.judging.samples import (
     ACCURACY,
     BANDS,
+    FULL_NATS,
+    FULL_POINTS,
+    NATS,
     NLL,
+    POINTS,
     UNKNOWN,
     Test,
     beats,
@@ -26,10 +30,6 @@ from mulfree_training.names import ROWS, name
 if TYPE_CHECKING:
     from common.records import Records
 
-POINTS, NATS = 1.5, 0.05
-"""Loss of accuracy and of likelihood that does not count; from the digest, before any run."""
-FULL_POINTS, FULL_NATS = 2.0, 0.08
-"""The same where nothing multiplies."""
 SET_UP = "All arms share seeds, split, order of the data, initial weights and the hyper-parameters tuned for float32."
 VISION, LANGUAGE = "vision", "language"
 IMAGES = "ViT on 8x8 digits, 396 test images"
@@ -244,8 +244,8 @@ CLAIMS = [
         control=worsened(VISION, ("matmul", "full"), points=100.0),
         figure=figures.baselines,
         caption=f"Test accuracy on {IMAGES}. {BANDS}",
-        note="AdderNet's distances stand in the hidden layers only, at the learning rate that suits them best; its "
-        "authors follow them with a batch norm, here they are centred and scaled.",
+        note="AdderNet's distances, each followed by a batch norm as its authors do, stand in the hidden layers only, "
+        "at the learning rate that suits them best.",
     ),
     Claim(
         id="C10.power",

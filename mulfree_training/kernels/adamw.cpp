@@ -30,7 +30,7 @@ template <class Unit> struct Step {
 
     void take(vec &param, vec g, vec &m, vec &v) const {
         m = (vec)Unit::times(bits(m), beta1) + (vec)Unit::times(bits(g), rest1);
-        v = (vec)Unit::times(bits(v), beta2) + (vec)Unit::times(Unit::mul(bits(g), bits(g), 0), rest2);
+        v = (vec)Unit::times(bits(v), beta2) + (vec)Unit::times(Unit::square(bits(g), 0), rest2);
         const vec d = (vec)Unit::sqrt(bits(v)) + eps;
         if (decays) param = param - (vec)Unit::times(bits(param), decay);
         const ivec ratio = Unit::div(bits(m), bits(d), 0) & (d != 0);

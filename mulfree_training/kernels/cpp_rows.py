@@ -26,7 +26,7 @@ _SOURCES = {
 }
 _ROWS = struct.Struct("15qd")  # struct Rows of rows.h
 _STEP = struct.Struct("6q7d")  # struct Numbers of adamw.cpp
-_SHORT_ROW, _BUFFERS = 1024, 2  # as in rows.h
+_NEAR, _BUFFERS = 4096, 2  # as in rows.h
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def _rows(
     bias = bias if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
     # where a memory profile sees it
-    scratch = torch.empty(threads * _BUFFERS * (n + 15)) if n > _SHORT_ROW else None
+    scratch = torch.empty(threads * _BUFFERS * (n + 15)) if n > _NEAR else None
     tensors = (out, weight_out, x, grad, weight, bias, scratch)
     pointers = (0 if given is None else given.data_ptr() for given in tensors)
     numbers = (count // n, n, x_step, grad_step, threads, shift, exact, exact_log2, eps)

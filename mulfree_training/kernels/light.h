@@ -33,54 +33,24 @@ static inline vec quick_floor(vec x) {
 #endif
 }
 
-/* Lane i becomes lane i ^ distance. */
-template <int distance> static inline vec swapped(vec x) {
-#if defined(__AVX512F__)
-    if (distance == 8) return (vec)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
-    if (distance == 4) return (vec)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
-    if (distance == 2) return (vec)_mm512_permute_ps((__m512)x, 0x4e);
-    return (vec)_mm512_permute_ps((__m512)x, 0xb1);
-#else
-    ivec at;
-    for (int i = 0; i < LANES; i++) at[i] = i ^ distance;
-    return (vec)__builtin_shuffle((ivec)x, at);
-#endif
-}
-
-/* reference.row_sum of sixteen running sums, in all lanes. */
-static inline vec total_in_all(const RunningSums &sums) {
-    vec x = sums.part[0];
-    if (PARTS == 2) x += sums.part[1 % PARTS];
-    if (PARTS == 4) x = (x + sums.part[2 % PARTS]) + (sums.part[1 % PARTS] + sums.part[3 % PARTS]);
-    if (LANES == 16) x += swapped<8>(x);
-    if (LANES >= 8) x += swapped<4>(x);
-    x += swapped<2>(x);
-    return x + swapped<1>(x);
-}
-
-template <class Unit> static inline vec largest_in_all(vec x) {
-    if (LANES == 16) x = Unit::larger(x, swapped<8>(x));
-    if (LANES >= 8) x = Unit::larger(x, swapped<4>(x));
-    x = Unit::larger(x, swapped<2>(x));
-    return Unit::larger(x, swapped<1>(x));
-}
-
-static inline ivec signs(ivec a, ivec b) { return (a ^ b) & SIGN; }
+/* Lane r of a vector in memory, in all lanes. */
+static inline ivec in_all(const ivec &x, int64_t r) { return all(((const int32_t *)&x)[r]); }
+static inline vec in_all(const vec &x, int64_t r) { return all(((const float *)&x)[r]); }
 
 struct Guarded {
     static constexpr bool LIGHT = false;
-    static inline ivec mul(ivec a, ivec b, int32_t shift) { return pam_mul(a, b, shift); }
-    static inline ivec div(ivec a, ivec b, int32_t shift) { return pam_div(a, b, shift); }
-    static inline ivec slope(ivec a, ivec b, int32_t shift) { return pam_slope(a, b, shift); }
+    static inline ivec mul(ivec x, ivec y, int32_t shift) { return pam_mul(x, y, shift); }
+    static inline ivec square(ivec x, int32_t shift) { return pam_mul(x, x, shift); }
+    static inline ivec div(ivec x, ivec y, int32_t shift) { return pam_div(x, y, shift); }
+    static inline ivec slope(ivec x, ivec y, int32_t shift) { return pam_slope(x, y, shift); }
     static inline ivec power(ivec x) { return pam_power(x); }
-    static inline ivec div_grad(ivec grad, ivec x, ivec y, int32_t shift) { return pam_div_grad(grad, x, y, shift); }
     static inline vec exp2(vec x) { return pam_exp2(x); }
+    static inline ivec sqrt(ivec x) { return pam_sqrt(x); }
     /* A NaN wins. */
     static inline vec larger(vec x, vec y) { return select((x > y) | (x != x), x, y); }
-    static inline ivec sqrt(ivec x) { return pam_sqrt(x); }
 
-    /* One factor, or several one after the other. */
-    struct Factor {
+    /* A product by, or a quotient over, what is the same in all lanes; or several one after the other. */
+    struct alignas(4 * LANES) Factor {
         ivec value[3];
         bool divides[3];
         int32_t shift, count;
@@ -91,47 +61,80 @@ struct Guarded {
         for (int i = 0; i < g.count; i++) f.value[f.count] = g.value[i], f.divides[f.count++] = g.divides[i];
         return f;
     }
+    /* Lane r of a factor in all lanes. */
+    static inline Factor lane(const Factor &f, int64_t r) {
+        Factor one = f;
+        for (int i = 0; i < f.count; i++) one.value[i] = in_all(f.value[i], r);
+        return one;
+    }
     static inline ivec times(ivec x, const Factor &f) {
         for (int i = 0; i < f.count; i++) x = f.divides[i] ? div(x, f.value[i], f.shift) : mul(x, f.value[i], f.shift);
         return x;
     }
-    /* x times y, then the factor. */
-    static inline ivec mul(ivec x, ivec y, int32_t shift, const Factor &f) { return times(mul(x, y, shift), f); }
+
+    /* The right side of a product of two vectors. */
+    struct Right {
+        ivec value;
+        int32_t shift;
+    };
+    static inline Right right(ivec y, int32_t shift) { return {y, shift}; }
+    static inline Right right(ivec y, const Factor &f, int32_t shift) { return {times(y, f), shift}; }
+    static inline ivec mul(ivec x, const Right &y) { return mul(x, y.value, y.shift); }
+    static inline ivec mul(ivec x, const Right &y, const Factor &f) { return times(mul(x, y), f); }
 };
 
 struct Light {
     static constexpr bool LIGHT = true;
-    /* What a factor adds to a magnitude, and the smallest magnitude that it does not bring to zero. */
-    struct Factor {
-        ivec add, least, sign;
+    /* Of a positive factor: what it adds to a magnitude, and the smallest magnitude that it does not bring to zero. */
+    struct alignas(4 * LANES) Factor {
+        ivec add, least;
     };
     static inline Factor by(ivec value, int32_t shift) {
-        const ivec n = value & ABS, add = n - (BIAS - shift);
-        return {add, select(n < MIN, all(INF), most(all(MIN), MIN - add)), value};
+        const ivec add = value - (BIAS - shift);
+        return {add, select(value < MIN, all(INF), most(all(MIN), MIN - add))};
     }
     static inline Factor over(ivec value, int32_t shift) {
-        const ivec add = BIAS - shift - (value & ABS);
-        return {add, most(all(MIN), MIN - add), value};
+        const ivec add = BIAS - shift - value;
+        return {add, most(all(MIN), MIN - add)};
     }
+    /* Neither is zero. */
     static inline Factor then(const Factor &f, const Factor &g) {
-        const ivec before = select(g.least == INF, all(INF), minus(g.least, f.add));
-        return {plus(f.add, g.add), most(f.least, before), f.sign ^ g.sign};
+        return {plus(f.add, g.add), most(f.least, minus(g.least, f.add))};
     }
+    static inline Factor lane(const Factor &f, int64_t r) { return {in_all(f.add, r), in_all(f.least, r)}; }
     static inline ivec times(ivec x, const Factor &f) {
         const ivec m = x & ABS;
-        return select(m >= f.least, plus(m, f.add), (ivec){}) | signs(x, f.sign);
+        return select(m >= f.least, plus(m, f.add), (ivec){}) | (x & SIGN);
     }
-    static inline ivec product(ivec x, ivec y, int32_t shift, ivec limit, ivec add, ivec sign) {
+
+    /* What a pattern adds to the magnitude of another in a product; of a zero so little that all is below zero. */
+    struct Right {
+        ivec add, sign;
+    };
+    static inline Right right(ivec y, int32_t shift) {
+        const ivec n = y & ABS;
+        return {select(n >= MIN, n - (BIAS - shift), all(SIGN)), y};
+    }
+    static inline Right right(ivec y, const Factor &f, int32_t shift) {
+        const ivec n = y & ABS;
+        return {select(n >= f.least, plus(n, f.add - (BIAS - shift)), all(SIGN)), y};
+    }
+    static inline ivec mul(ivec x, const Right &y) { return mul(x, y, {(ivec){}, all(MIN)}); }
+    static inline ivec mul(ivec x, const Right &y, const Factor &f) {
+        const ivec m = x & ABS, size = plus(m, y.add);
+        return select((m >= MIN) & (size >= f.least), plus(size, f.add), (ivec){}) | ((x ^ y.sign) & SIGN);
+    }
+    static inline ivec mul(ivec x, ivec y, int32_t shift) {
         const ivec m = x & ABS, n = y & ABS, size = plus(m, n - (BIAS - shift));
-        return select((least(m, n) >= MIN) & (size >= limit), plus(size, add), (ivec){}) | ((x ^ y ^ sign) & SIGN);
+        return select((least(m, n) >= MIN) & (size >= MIN), size, (ivec){}) | ((x ^ y) & SIGN);
     }
-    static inline ivec mul(ivec x, ivec y, int32_t shift) { return product(x, y, shift, all(MIN), (ivec){}, (ivec){}); }
-    static inline ivec mul(ivec x, ivec y, int32_t shift, const Factor &f) {
-        return product(x, y, shift, f.least, f.add, f.sign);
+    static inline ivec square(ivec x, int32_t shift) {
+        const ivec m = x & ABS, size = plus(m, m - (BIAS - shift));
+        return select(size >= MIN, size, (ivec){});
     }
     static inline ivec div(ivec x, ivec y, int32_t shift) {
         const ivec m = x & ABS, size = plus(m, BIAS - shift - (y & ABS));
-        return select((m >= MIN) & (size >= MIN), size, (ivec){}) | signs(x, y);
+        return select((m >= MIN) & (size >= MIN), size, (ivec){}) | ((x ^ y) & SIGN);
     }
     static inline ivec slope(ivec x, ivec y, int32_t shift) {
         const ivec m = x & ABS, n = y & ABS;
@@ -142,16 +145,23 @@ struct Light {
     static inline ivec div_grad(ivec grad, ivec x, ivec y, int32_t shift) {
         return mul(grad, div(power(div(x, y, shift)), power(y), 0), 0) ^ SIGN;
     }
-    static inline vec larger(vec x, vec y) { return x > y ? x : y; }
+    static inline ivec sqrt(ivec x) {
+        const ivec m = x & ABS;
+        return select(m >= MIN, ((m - BIAS) >> 1) + BIAS, (ivec){}) | (x & SIGN);
+    }
+    static inline vec larger(vec x, vec y) {
+#if defined(__AVX512F__)
+        return (vec)_mm512_max_ps((__m512)x, (__m512)y); /* by itself the compiler takes three instructions */
+#else
+        return x > y ? x : y;
+#endif
+    }
     /* 2^x for x < 128. */
     static inline vec exp2(vec x) {
-        x = x > -254.0f ? x : all(-254.0f);
+        x = larger(x, all(-254.0f));
         const vec whole = quick_floor(x);
         const ivec power = (ivec)((uvec)__builtin_convertvector(whole, ivec) << 23);
         const ivec size = plus((ivec)(1.0f + (x - whole)), power);
         return (vec)select(size >= MIN, size, (ivec){});
-    }
-    static inline ivec sqrt(ivec x) {
-        return select((x & ABS) >= MIN, (((x & ABS) - BIAS) >> 1) + BIAS, (ivec){}) | (x & SIGN);
     }
 };

@@ -1,8 +1,8 @@
 /* The matrix product in piecewise affine arithmetic and its exact derivative, equal to reference.py bit for bit.
  *
- * Both have one shape: rows of X (M, D) and panels of columns of Y (D, W) are combined over D. The product has X = A and
- * Y = B. The derivative with respect to A has X = grad, Y = B^T, and needs A where it writes. Panels are copied, the rows
- * of X only where they are not contiguous; the ranges found on the way say which tile of tiles.h will do.
+ * Both have one shape: rows of X (M, D) and panels of columns of Y (D, W) are combined over D. The product has X = A
+ * and Y = B. The derivative with respect to A has X = grad, Y = B^T, and needs A where it writes. Panels are copied,
+ * the rows of X only where they are not contiguous; the ranges found on the way say which tile of tiles.h will do.
  */
 #include "tiles.h"
 
@@ -155,6 +155,7 @@ static Plan plan_of(const Numbers &t) {
     s.group = t.derivative ? 2 * GROUP : GROUP;
     while (s.group < t.rows && s.group * t.depth < GROUP_WORK) s.group += s.group;
     s.groups = up(t.rows, s.group);
+    if (s.groups) s.group = up(t.rows, s.groups); /* of nearly equal height, for threads */
     s.copy_x = t.x_strides[2] != 1 && t.depth > 1;
     s.x_step = padded(t.depth);
     s.workers = fewer(t.threads, 1 + t.batch * t.rows * t.depth * t.width / WORKER_WORK);
@@ -321,7 +322,9 @@ static void run(const Numbers &t, const Plan &s, int64_t rank, int64_t team) {
     }
 }
 
-extern "C" void matmul_scratch(const void *numbers, int64_t *words) { *words = plan_of(*(const Numbers *)numbers).total; }
+extern "C" void matmul_scratch(const void *numbers, int64_t *words) {
+    *words = plan_of(*(const Numbers *)numbers).total;
+}
 
 extern "C" void matmul_run(const void *numbers) {
     const Numbers &t = *(const Numbers *)numbers;

@@ -1,8 +1,8 @@
 /* Layer norm along rows, forward and backward, equal to formulas.py over reference.py bit for bit.
  *
- * A row is first tried with the light arithmetic, for which inputs, gradient and weight must be below 2^20 and the
- * deviation between 2^-12 and 2^40; then all products and sums are finite in rows of up to 2^20 entries. Otherwise the
- * guarded arithmetic starts the row again.
+ * A group of rows is first tried with the light arithmetic, for which inputs, gradient and weight must be below 2^20 and
+ * the deviation between 2^-12 and 2^40; then all products and sums are finite in rows of up to 2^20 entries. Otherwise
+ * the guarded arithmetic starts again.
  */
 #include "rows.h"
 
@@ -12,135 +12,170 @@ static const int64_t LONG = 1 << 20;
 static inline ivec bits(vec x) { return (ivec)x; }
 static inline ivec bits(float x) { return (ivec)all(x); }
 
-template <class Unit> struct Norm {
+/* A group of rows, which is worked on in passes; each function returns false where this arithmetic must not be used. */
+template <class Unit> struct Group {
     typedef typename Unit::Factor Factor;
-    static constexpr bool LIGHT = Unit::LIGHT;
+    const Rows &r;
+    const int64_t n, first, count, width;
+    float *const *const buffers; /* z, and the gradients of its entries */
     const int32_t shift;
-    const int64_t n;
-    const float eps;
-    const Factor over_n;
-    /* Parts of the norm, the same in all lanes; z is in the first buffer. */
-    vec total, squares, variance;
-    ivec d;
+    const ivec length, inside;
+    /* What _normed in formulas.py finds, a row in each lane. */
+    alignas(4 * LANES) vec total, squares, variance;
+    alignas(4 * LANES) ivec d;
     Factor over_d;
 
-    explicit Norm(const Rows &r)
-        : shift((int32_t)r.shift), n(r.n), eps((float)r.eps), over_n(Unit::over(bits((float)r.n), (int32_t)r.shift)) {}
+    Group(const Rows &r, int64_t first, int64_t count, float *const *buffers)
+        : r(r), n(r.n), first(first), count(count), width(padded(r.n)), buffers(buffers), shift((int32_t)r.shift),
+          length(bits((float)r.n)), inside(below(count)) {}
 
-    /* Fills z, zeros after its end; false where this arithmetic must not be used. */
-    bool deviations(const float *x, float *z) {
+    const float *x(int64_t k) const { return r.x + (first + k) * r.x_step; }
+    const float *grad(int64_t k) const { return r.grad + (first + k) * r.grad_step; }
+    float *out(int64_t k) const { return r.out + (first + k) * n; }
+
+    /* Fills z, with zeros after its end. */
+    bool deviations() {
+        alignas(4 * LANES) vec each[LANES] = {};
         ivec seen = {};
-        RunningSums sums = {};
-        along(n, [&](int64_t i, auto at) {
-            const vec value = at.load(x + i, 0.0f);
-            seen = most(seen, bits(value) & ABS);
-            add_at(sums, i, value);
-        });
-        if (LIGHT && any_of(seen >= LARGE)) return false;
-        total = total_in_all(sums);
-        const vec mean = (vec)Unit::times(bits(total), over_n);
-        sums = {};
-        along(n, [&](int64_t i, auto at) {
-            const vec value = at.keep(at.load(x + i, 0.0f) - mean);
-            store(z + i, value);
-            add_at(sums, i, (vec)Unit::mul(bits(value), bits(value), shift));
-        });
-        squares = total_in_all(sums);
-        variance = (vec)Unit::times(bits(squares), over_n) + eps;
-        d = LIGHT ? Unit::sqrt(bits(variance)) : pam_sqrt(bits(variance));
-        if (LIGHT && any_of((d < BIAS - 12 * MIN) | (d > BIAS + 40 * MIN))) return false;
+        for (int64_t k = 0; k < count; k++) {
+            RunningSums sums = {};
+            const float *from = x(k);
+            along(n, [&](int64_t i, auto at) {
+                const vec value = at.load(from + i, 0.0f);
+                seen = most(seen, bits(value) & ABS);
+                add_at(sums, i, value);
+            });
+            each[k] = gathered(sums);
+        }
+        if (Unit::LIGHT && any_of(seen >= LARGE)) return false;
+        total = summed(each);
+        const vec means = (vec)pam_div(bits(total), length, shift);
+        for (int64_t k = 0; k < count; k++) {
+            RunningSums sums = {};
+            const vec mean = in_all(means, k);
+            const float *from = x(k);
+            float *z = buffers[0] + k * width;
+            along(n, [&](int64_t i, auto at) {
+                const vec value = at.keep(at.load(from + i, 0.0f) - mean);
+                store(z + i, value);
+                add_at(sums, i, at.keep((vec)Unit::square(bits(value), shift)));
+            });
+            each[k] = gathered(sums);
+        }
+        squares = summed(each);
+        variance = (vec)pam_div(bits(squares), length, shift) + (float)r.eps;
+        d = pam_sqrt(bits(variance));
+        if (Unit::LIGHT && any_of(((d < BIAS - 12 * MIN) | (d > BIAS + 40 * MIN)) & inside)) return false;
         over_d = Unit::over(d, shift);
         return true;
     }
 
-    bool forward(const float *x, const float *weight, const float *bias, float *out, float *z) {
-        if (!deviations(x, z)) return false;
-        along(n, [&](int64_t i, auto at) {
-            ivec y = Unit::times(bits(load(z + i)), over_d);
-            if (weight) y = Unit::mul(y, bits(at.load(weight + i, 0.0f)), shift);
-            at.store(out + i, bias ? (vec)y + at.load(bias + i, 0.0f) : (vec)y);
-        });
+    template <bool weighted> bool layer_norm() {
+        if (!deviations()) return false;
+        for (int64_t k = 0; k < count; k++) {
+            const Factor share = Unit::lane(over_d, k);
+            const float *z = buffers[0] + k * width;
+            float *to = out(k);
+            along(n, [&](int64_t i, auto at) {
+                ivec y = Unit::times(bits(load(z + i)), share);
+                if (weighted) y = Unit::mul(y, bits(at.load(r.weight + i, 0.0f)), shift);
+                at.store(to + i, r.bias ? (vec)y + at.load(r.bias + i, 0.0f) : (vec)y);
+            });
+        }
         return true;
     }
 
-    /* The gradient after the weight. */
-    template <bool exact> ivec after(ivec grad, ivec h, ivec w) const {
-        return exact ? Unit::mul(grad, Unit::slope(h, w, shift), 0) : Unit::mul(grad, w, shift);
+    /* Up to the gradients of the deviations: the gradients after the weight go to the second buffer. */
+    template <bool exact, bool weighted> ivec of_deviations(ivec &seen) {
+        alignas(4 * LANES) vec each[LANES] = {};
+        const Factor twices = Unit::then(over_d, over_d), by_powers = Unit::over(pam_power(d), 0);
+        for (int64_t k = 0; k < count; k++) {
+            RunningSums sums = {};
+            const Factor share = Unit::lane(over_d, k), twice = Unit::lane(twices, k), power = Unit::lane(by_powers, k);
+            const float *from = grad(k), *z = buffers[0] + k * width;
+            float *of_h = buffers[1] + k * width, *to = weighted ? r.weight_out + (first + k) * n : nullptr;
+            along(n, [&](int64_t i, auto at) {
+                const ivec own = bits(load(z + i)), h = Unit::times(own, share);
+                ivec g = bits(at.load(from + i, 0.0f));
+                seen = most(seen, g & ABS);
+                if (weighted) {
+                    const ivec w = bits(at.load(r.weight + i, 0.0f));
+                    const auto to_w = exact ? Unit::right(Unit::slope(w, h, shift), 0) : Unit::right(own, share, shift);
+                    at.store(to + i, (vec)Unit::mul(g, to_w));
+                    g = Unit::mul(g, exact ? Unit::right(Unit::slope(h, w, shift), 0) : Unit::right(w, shift));
+                }
+                store(of_h + i, (vec)g);
+                const auto to_d = exact ? Unit::right(Unit::power(h), power, 0) : Unit::right(own, twice, shift);
+                add_at(sums, i, at.keep((vec)(Unit::mul(g, to_d) ^ SIGN)));
+            });
+            each[k] = gathered(sums);
+        }
+        return bits(summed(each));
     }
 
-    template <bool exact>
-    bool backward(const float *grad, const float *x, const float *weight, float *out, float *weight_out, float *z) {
-        if (!deviations(x, z)) return false;
-        float *const gz = z + padded(n);
-        const Factor twice = Unit::then(over_d, over_d), power = Unit::over(Unit::power(d), 0);
+    template <bool exact, bool weighted> bool layer_norm_grad() {
+        if (!deviations()) return false;
         ivec seen = {};
-        RunningSums sums = {};
-        along(n, [&](int64_t i, auto at) {
-            const ivec own = bits(load(z + i)), h = Unit::times(own, over_d);
-            ivec g = bits(at.load(grad + i, 0.0f));
-            seen = most(seen, g & ABS);
-            if (weight) {
-                const ivec w = bits(at.load(weight + i, 0.0f));
-                const ivec gw = exact ? Unit::mul(g, Unit::slope(w, h, shift), 0) : Unit::mul(g, h, shift);
-                at.store(weight_out + i, (vec)gw);
-                g = after<exact>(g, h, w);
-            }
-            store(gz + i, (vec)g);
-            const ivec factor = exact ? Unit::times(Unit::power(h), power) : Unit::times(own, twice);
-            add_at(sums, i, at.keep((vec)(Unit::mul(g, factor, exact ? 0 : shift) ^ SIGN)));
-        });
-        if (LIGHT && any_of(seen >= LARGE)) return false;
-        const ivec gd = bits(total_in_all(sums)), per_n = Unit::times(bits(1.0f), over_n);
-        const ivec inverse = Unit::times(bits(1.0f), over_d), half = bits(0.5f);
-        ivec g_squares;
-        if (exact) g_squares = pam_mul_grad(pam_sqrt_grad(gd, bits(variance)), bits(squares), per_n, 0);
-        else g_squares = Unit::mul(per_n, Unit::times(Unit::mul(gd, half, 0), over_d), shift);
-        if (LIGHT && any_of((g_squares & ABS) >= BIAS + 80 * MIN)) return false;
-        const Factor by_squares = Unit::by(g_squares, shift), by_inverse = Unit::by(inverse, shift);
-        sums = {};
-        along(n, [&](int64_t i, auto at) {
-            const ivec own = bits(load(z + i)), g = bits(load(gz + i));
-            const ivec straight = exact ? Unit::mul(g, Unit::slope(own, inverse, 0), 0) : Unit::times(g, by_inverse);
-            const vec round = (vec)(exact ? Unit::mul(g_squares, Unit::slope(own, own, shift), 0) : Unit::times(own, by_squares));
-            const vec both = (vec)straight + (round + round);
-            store(gz + i, both);
-            add_at(sums, i, at.keep(both));
-        });
-        const ivec g_mean = bits(total_in_all(sums)) ^ SIGN;
-        const vec of_mean = (vec)(exact ? Unit::mul(g_mean, Unit::slope(bits(total), per_n, 0), 0) : Unit::mul(per_n, g_mean, shift));
-        along(n, [&](int64_t i, auto at) { at.store(out + i, load(gz + i) + of_mean); });
+        const ivec of_d = of_deviations<exact, weighted>(seen);
+        if (Unit::LIGHT && any_of(seen >= LARGE)) return false;
+        const ivec per_n = pam_div(bits(1.0f), length, shift), inverses = pam_div(bits(1.0f), d, shift);
+        const ivec of_variance = exact ? pam_sqrt_grad(of_d, bits(variance))
+                                       : pam_div(pam_mul(of_d, bits(0.5f), 0), d, shift);
+        const ivec of_squares = exact ? pam_mul_grad(of_variance, bits(squares), per_n, 0)
+                                      : pam_mul(per_n, of_variance, shift);
+        if (Unit::LIGHT && any_of(((of_squares & ABS) >= BIAS + 80 * MIN) & inside)) return false;
+        const Factor by_inverses = Unit::by(inverses, shift);
+        alignas(4 * LANES) vec each[LANES] = {};
+        for (int64_t k = 0; k < count; k++) {
+            RunningSums sums = {};
+            const Factor by_inverse = Unit::lane(by_inverses, k);
+            const ivec square = in_all(of_squares, k), inverse = in_all(inverses, k);
+            const auto by_square = Unit::right(square, shift);
+            const float *z = buffers[0] + k * width;
+            float *of_z = buffers[1] + k * width;
+            along(n, [&](int64_t i, auto at) {
+                const ivec own = bits(load(z + i)), g = bits(load(of_z + i));
+                const ivec direct = exact ? Unit::mul(g, Unit::slope(own, inverse, 0), 0) : Unit::times(g, by_inverse);
+                const vec half = (vec)(exact ? Unit::mul(square, Unit::slope(own, own, shift), 0)
+                                             : Unit::mul(own, by_square));
+                const vec both = (vec)direct + (half + half);
+                store(of_z + i, both);
+                add_at(sums, i, at.keep(both));
+            });
+            each[k] = gathered(sums);
+        }
+        const ivec of_mean = bits(summed(each)) ^ SIGN;
+        const vec of_all = (vec)(exact ? pam_mul_grad(of_mean, bits(total), per_n, 0) : pam_mul(per_n, of_mean, shift));
+        for (int64_t k = 0; k < count; k++) {
+            const vec own = in_all(of_all, k);
+            const float *of_z = buffers[1] + k * width;
+            float *to = out(k);
+            along(n, [&](int64_t i, auto at) { at.store(to + i, load(of_z + i) + own); });
+        }
         return true;
     }
 };
 
-static bool is_small(const float *x, int64_t n) {
+/* All groups by run(group), first with the light arithmetic. */
+template <class F> static inline void groups_of(const Rows &r, F run) {
     ivec seen = {};
-    if (x) along(n, [&](int64_t i, auto at) { seen = most(seen, bits(at.load(x + i, 0.0f)) & ABS); });
-    return !any_of(seen >= LARGE);
-}
-
-template <class F> static inline void rows_of(const Rows &r, F run) {
-    const bool light = r.n <= LONG && is_small(r.weight, r.n);
-    Norm<Light> quick(r);
-    Norm<Guarded> careful(r);
-    each_row(r, [=](int64_t i, float *buffer) mutable {
-        if (!light || !run(quick, i, buffer)) run(careful, i, buffer);
+    if (r.weight) along(r.n, [&](int64_t i, auto at) { seen = most(seen, bits(at.load(r.weight + i, 0.0f)) & ABS); });
+    const bool light = r.n <= LONG && !any_of(seen >= LARGE);
+    each_group(r, [&r, run, light](int64_t first, int64_t count, float *const *buffers) {
+        Group<Light> quick(r, first, count, buffers);
+        if (light && run(quick)) return;
+        Group<Guarded> careful(r, first, count, buffers);
+        run(careful);
     });
 }
 
-extern "C" void layer_norm_run(const Rows *given) {
-    const Rows &r = *given;
-    rows_of(r, [&r](auto &unit, int64_t i, float *buffer) {
-        return unit.forward(r.x + i * r.x_step, r.weight, r.bias, r.out + i * r.n, buffer);
-    });
+extern "C" void layer_norm_run(const Rows *r) {
+    if (r->weight) groups_of(*r, [](auto &group) { return group.template layer_norm<true>(); });
+    else groups_of(*r, [](auto &group) { return group.template layer_norm<false>(); });
 }
 
 template <bool exact> static void backward(const Rows &r) {
-    rows_of(r, [&r](auto &unit, int64_t i, float *buffer) {
-        const float *grad = r.grad + i * r.grad_step, *x = r.x + i * r.x_step;
-        float *weight_out = r.weight ? r.weight_out + i * r.n : nullptr;
-        return unit.template backward<exact>(grad, x, r.weight, r.out + i * r.n, weight_out, buffer);
-    });
+    if (r.weight) groups_of(r, [](auto &group) { return group.template layer_norm_grad<exact, true>(); });
+    else groups_of(r, [](auto &group) { return group.template layer_norm_grad<exact, false>(); });
 }
-
 extern "C" void layer_norm_grad_run(const Rows *r) { r->exact ? backward<true>(*r) : backward<false>(*r); }

@@ -30,7 +30,7 @@ struct Product {
     const int32_t *a; /* patterns */
     int64_t a_row;
     const int32_t *b;     /* patterns less `bias`, whole vectors a row */
-    const int32_t *limit; /* smallest magnitude of a whose product with b counts; MAX for a zero b. Not in PLAIN, LEFT */
+    const int32_t *limit; /* smallest magnitude of an a whose product with b counts. Not in PLAIN, LEFT */
     int32_t bias;         /* BIAS - shift */
     float *c;
     int64_t c_row, columns; /* only this many columns of c exist */

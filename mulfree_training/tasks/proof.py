@@ -1,15 +1,17 @@
-"""Count what multiplies in one training step and in the compiled kernels, and what the step would cost (C4.proof, C8)."""
+"""Count what multiplies in a training step and in the compiled kernels, and what the step would cost (C4.proof, C8)."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from common.data import load
+from common.kernels import native
 from common.training import setup
 from mulfree_training.disassembly import scan_control, scan_kernels
 from mulfree_training.networks.build import build
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
     from common.trials import Trial
     from mulfree_training.config import TrialConfig
 
+SMOOTHING = 0.1
+PLANTED_PTX = "mul.f32 %f1, %f2, %f3;\nfma.rn.f32 %f4, %f1, %f2, %f3;\ndiv.full.f32 %f5, %f4, %f1;\n"
 STEPS = 2
 """The second step of an optimizer is the usual one; the first makes its state."""
 
 
-class Planted(torch.autograd.Function):
+class _Planted(torch.autograd.Function):
     """Does nothing, but multiplies in the backward pass."""
 
     @staticmethod
@@ -51,23 +55,67 @@ def batch_of(config: TrialConfig) -> tuple[Tensor, Tensor]:
     return ids[:-1].view(size, context), ids[1:].view(size, context)
 
 
+def step_of(
+    config: TrialConfig, seed: int, inputs: Tensor, target: Tensor, *, planted: bool = False
+) -> Callable[[], None]:
+    """A whole training step in the trial's arithmetic: forward pass, loss, backward pass, optimizer."""
+    model = convert(build(config.model, seed), config.arithmetic)
+    vision = config.task.workload == "images"
+    loss_of = loss_function(config.arithmetic, SMOOTHING if vision else 0.0, "torch" if vision else "fairseq")
+    optimizer = make_optimizer(model, config.optimizer, config.arithmetic)
+
+    def step() -> None:
+        logits = model(inputs)
+        loss_of(_Planted.apply(logits) if planted else logits, target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def step_findings(step: Callable[[], None]) -> Counter[str]:
+    """Multiplying operations of the first steps, by name."""
+    with count_multiplications() as found:
+        for _ in range(STEPS):
+            step()
+    return Counter(found)
+
+
+def scans() -> dict[str, Any]:
+    """Multiplying instructions in the compiled kernels and in planted ones, where there is a compiler and Triton."""
+    row: dict[str, Any] = {}
+    if native.compiler("c++"):
+        machine = scan_kernels()
+        row["machine_findings"] = sum(len(scan.findings) for scan in machine.values())
+        row["machine_instructions"] = sum(scan.instructions for scan in machine.values())
+        row["planted_machine"] = len(scan_control().findings)
+    if importlib.util.find_spec("triton"):
+        from mulfree_training.kernels import ptx
+
+        kernels = ptx.scan_kernels(machine=False, workers=1)
+        row |= {"ptx_findings": sum(len(scan.findings) for scan in kernels), "ptx_kernels": len(kernels)}
+        row["planted_ptx"] = len(ptx.scan_ptx(PLANTED_PTX))
+    return row
+
+
 def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     """One trial; nothing in it is random but the initial weights.
 
     Returns:
         One dict a seed: `findings`, multiplying operations of two whole steps, and `found`, them by name;
-        `planted_backward`, those found when one is planted in a backward pass; `energy_uj_<kind>` of one step and
-        `cost_ratio_<what>`; with `task.kernels` also `machine_findings` and `ptx_findings` in the compiled kernels, and
-        `planted_machine` and `planted_ptx`, those found where some were planted.
+        `planted_backward`, those found more when one is planted in the backward pass; `energy_uj_<kind>` of one step
+        and `cost_ratio_<what>`; with `task.kernels` also `machine_findings` and `ptx_findings` in the compiled kernels,
+        and `planted_machine` and `planted_ptx`, those found where some were planted.
     """
     setup(config.threads, config.device, seed=config.seed)
     inputs, target = batch_of(config)
     rows = []
     for seed in trial.seeds:
-        found = step_findings(config, seed, inputs, target, planted=False)
-        planted = step_findings(config, seed, inputs, target, planted=True) - found
-        counts = operation_count(step_of(config, seed, inputs, target), config.arithmetic)
-        row: dict[str, Any] = {"seed": seed, "findings": sum(found.values()), "found": dict(found)}
-        row |= {"planted_backward": sum(planted.values())} | cost(counts) | ratios(counts)
+        found = step_findings(step_of(config, seed, inputs, target))
+        planted = step_findings(step_of(config, seed, inputs, target, planted=True))
+        row: dict[str, Any] = {"seed": seed, "findings": found.total(), "found": dict(found)}
+        row |= {"planted_backward": planted.total() - found.total()}
+        counts = operation_count(step_of(config, seed, inputs, target))
+        row |= cost(counts) | ratios(counts)
         rows.append(row | (scans() if config.task.kernels else {}))
     return rows

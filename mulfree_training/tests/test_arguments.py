@@ -9,8 +9,12 @@ import torch
 from common.kernels.dispatch import forced
 from mulfree_training import arguments
 from mulfree_training.functional import (
-    pam_cross_entropy, pam_dropout, pam_layer_norm, pam_log_softmax, pam_softmax,
-)  # fmt: skip
+    pam_cross_entropy,
+    pam_dropout,
+    pam_layer_norm,
+    pam_log_softmax,
+    pam_softmax,
+)
 from mulfree_training.operators import pick
 from mulfree_training.primitives import pam_div, pam_exp, pam_exp2, pam_log, pam_log2, pam_mul, pam_pow, pam_sqrt
 from mulfree_training.products import pam_conv2d, pam_linear, pam_matmul
@@ -79,8 +83,8 @@ def test_two_dtypes_or_two_devices():
     refuses(TypeError, f"bias {other} weight", pam_conv2d, IMAGE, FILTERS, torch.ones(6).double())
     refuses(TypeError, "weight of dtype torch.float64: must be torch.float32, as the input", pam_layer_norm, X, (4,),
             X[0].double())  # fmt: skip
-    refuses(TypeError, "bias of dtype torch.float64: must be torch.float32, as the input", pam_layer_norm, X, (4,), None,
-            X[0].double())  # fmt: skip
+    message = "bias of dtype torch.float64: must be torch.float32, as the input"
+    refuses(TypeError, message, pam_layer_norm, X, (4,), None, X[0].double())
     refuses(ValueError, "target on meta: must be on cpu, as input", pam_cross_entropy, X, Y.to("meta"))
 
 
@@ -88,7 +92,7 @@ def test_shapes():
     for function in (pam_mul, pam_div):
         refuses(ValueError, "b of shape (3,): must broadcast with a of shape (4, 4)", function, X, torch.ones(3))
     refuses(ValueError, "B of shape (3, 4): must have 4 rows for A of (4, 4)", pam_matmul, X, torch.ones(3, 4))
-    refuses(ValueError, "B of shape (3, 1): must have 4 rows for A of (4, 4)".replace("(3, 1)", "(3,)"), pam_matmul, X,
+    refuses(ValueError, "B of shape (3,): must have 4 rows for A of (4, 4)", pam_matmul, X,
             torch.ones(3))  # fmt: skip
     refuses(ValueError, "A of shape (), B of shape (4, 4): must have dimensions", pam_matmul, torch.ones(()), X)
     refuses(ValueError, "A of shape (4, 4), B of shape (): must have dimensions", pam_matmul, X, torch.ones(()))

@@ -13,8 +13,17 @@ from mulfree_training import reference as r
 from mulfree_training.bits import FLOAT32, offset
 from mulfree_training.primitives import pam_div, pam_exp, pam_exp2, pam_log, pam_log2, pam_mul, pam_pow, pam_sqrt
 from mulfree_training.tests.bitwise import (
-    ALPHAS, INF, SHIFTS, SPECIAL, assert_same, inside, mantissa, ordinary, pairs, random_patterns,
-)  # fmt: skip
+    ALPHAS,
+    INF,
+    SHIFTS,
+    SPECIAL,
+    assert_same,
+    inside,
+    mantissa,
+    ordinary,
+    pairs,
+    random_patterns,
+)
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 RULES = ("approx", "exact")
@@ -113,7 +122,7 @@ def test_exact_slopes_of_functions_are_finite_differences(name, function, alpha)
         (pam_sqrt, (8.0,), (0.125,)),
         (pam_sqrt, (1.99,), (0.5,)),
     ],
-)  # fmt: skip
+)
 def test_slopes_at_kinks_and_beside_them(function, operands, slopes):
     found = gradients(function, *map(one, operands), grad=one(1.0), derivative="exact")
     assert tuple(x.item() for x in found) == slopes
@@ -179,6 +188,8 @@ def test_special_slopes():
     a = value([0.0, INF, -INF, 2.0**-130, 2 - 2.0**-23])
     assert_same(r.slope(a, filled(a, 1.25)), value([1.0, 1.0, 1.0, 1.0, 2.0]))
     assert r.slope(value([math.nan, 1.0]), value([1.0, math.nan])).isnan().all()
+    # nor does a carry, even one with alpha, bring a zero into range
+    assert_same(r.slope(one(1.99), one(-0.0), offset(1.9)), one(-0.0))
     # a carry takes the largest octave out of range
     assert r.slope(one(1.5), one(1.5 * 2.0**127)).item() == INF
     assert r.log2_grad(one(1.0), one(0.0)).item() == INF

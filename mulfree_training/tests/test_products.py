@@ -233,7 +233,8 @@ def test_linear():
 
 
 GEOMETRIES = [
-    {}, {"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}, {"stride": (2, 1), "padding": (0, 2)},
+    {}, {"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2},
+    {"stride": (2, 1), "padding": (0, 2)},
     {"dilation": (1, 2), "padding": (2, 1), "stride": (1, 2)}, {"groups": 2}, {"groups": 4, "padding": 1},
     {"groups": 2, "stride": 2, "padding": (1, 0), "dilation": (2, 1)},
 ]  # fmt: skip

@@ -12,9 +12,24 @@ from hypothesis import strategies as st
 from mulfree_training import reference
 from mulfree_training.bits import FLOAT32, FLOAT64, offset
 from mulfree_training.tests.bitwise import (
-    ALPHAS, INF, NAN, SHIFTS, SMALLEST, SPECIAL, assert_same, logarithm, ordinary, pairs, power, product, quotient,
-    random_patterns, root, rounded, same_bits,
-)  # fmt: skip
+    ALPHAS,
+    INF,
+    NAN,
+    SHIFTS,
+    SMALLEST,
+    SPECIAL,
+    assert_same,
+    logarithm,
+    ordinary,
+    pairs,
+    power,
+    product,
+    quotient,
+    random_patterns,
+    root,
+    rounded,
+    same_bits,
+)
 
 normal = st.floats(2.0**-126, 2.0**127, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
 middle = st.floats(2.0**-20, 2.0**20, width=32).flatmap(lambda x: st.sampled_from([x, -x]))

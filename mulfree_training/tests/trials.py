@@ -17,8 +17,8 @@ from mulfree_training.train import TASKS
 
 QUIET = ["device=cpu", "threads=1", "tracking.mode=disabled", "task.log_every=1"]
 IMAGES = [
-    *QUIET, "data=digits", "data.test=0.22", "data.validation=0.15", "model=vit_digits", "model.d_model=16",
-    "model.d_hidden=32", "task.epochs=1", "task.batch_size=32", "optimizer.lr=0.005", "optimizer.warmup=5",
+    *QUIET, "data=digits", "data.test=0.22", "data.validation=0.15", "model=vit_digits", "task.epochs=2",
+    "task.batch_size=32", "optimizer.lr=0.002", "optimizer.warmup=10",
 ]  # fmt: skip
 LANGUAGE = [
     *QUIET, "task=language", "data=prose", "model=gpt_characters", "model.d_model=16", "model.d_hidden=32",
