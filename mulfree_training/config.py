@@ -181,7 +181,7 @@ class ImagesConfig:
     """Train an image classifier."""
 
     name: str = "images"
-    epochs: int = 20
+    epochs: int = 15
     """Passes over the training split."""
     batch_size: int = 64
     """Images a step."""

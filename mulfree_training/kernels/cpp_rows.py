@@ -106,6 +106,8 @@ def _rows(
     level: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     shape = x.shape
+    if not shape:
+        raise ValueError("x.shape=(): must have a last dimension")
     n = shape[-1]
     if grad is not None and grad.shape != shape:
         raise ValueError(f"grad.shape={tuple(grad.shape)}: must be {tuple(shape)}")

@@ -37,6 +37,7 @@ template <class Unit> struct Group {
     bool deviations() {
         alignas(4 * LANES) vec each[LANES] = {};
         ivec seen = {};
+        const int32_t shift = this->shift; /* the compiler takes it that a store could change a member */
         for (int64_t k = 0; k < count; k++) {
             RunningSums sums = {};
             const float *from = x(k);
@@ -72,22 +73,27 @@ template <class Unit> struct Group {
 
     template <bool weighted> bool layer_norm() {
         if (!deviations()) return false;
+        const int32_t shift = this->shift;
+        const float *const weight = r.weight, *const bias = r.bias;
         for (int64_t k = 0; k < count; k++) {
             const Factor share = Unit::lane(over_d, k);
             const float *z = buffers[0] + k * width;
             float *to = out(k);
             along(n, [&](int64_t i, auto at) {
                 ivec y = Unit::times(bits(load(z + i)), share);
-                if (weighted) y = Unit::mul(y, bits(at.load(r.weight + i, 0.0f)), shift);
-                at.store(to + i, r.bias ? (vec)y + at.load(r.bias + i, 0.0f) : (vec)y);
+                if (weighted) y = Unit::mul(y, bits(at.load(weight + i, 0.0f)), shift);
+                at.store(to + i, bias ? (vec)y + at.load(bias + i, 0.0f) : (vec)y);
             });
         }
         return true;
     }
 
     /* Up to the gradients of the deviations: the gradients after the weight go to the second buffer. */
-    template <bool exact, bool weighted> ivec of_deviations(ivec &seen) {
+    template <bool exact, bool weighted> ivec of_deviations(ivec &largest) {
         alignas(4 * LANES) vec each[LANES] = {};
+        ivec seen = {};
+        const int32_t shift = this->shift;
+        const float *const weight = r.weight;
         const Factor twices = Unit::then(over_d, over_d), by_powers = Unit::over(pam_power(d), 0);
         for (int64_t k = 0; k < count; k++) {
             RunningSums sums = {};
@@ -99,7 +105,7 @@ template <class Unit> struct Group {
                 ivec g = bits(at.load(from + i, 0.0f));
                 seen = most(seen, g & ABS);
                 if (weighted) {
-                    const ivec w = bits(at.load(r.weight + i, 0.0f));
+                    const ivec w = bits(at.load(weight + i, 0.0f));
                     const auto to_w = exact ? Unit::right(Unit::slope(w, h, shift), 0) : Unit::right(own, share, shift);
                     at.store(to + i, (vec)Unit::mul(g, to_w));
                     g = Unit::mul(g, exact ? Unit::right(Unit::slope(h, w, shift), 0) : Unit::right(w, shift));
@@ -110,14 +116,16 @@ template <class Unit> struct Group {
             });
             each[k] = gathered(sums);
         }
+        largest = seen;
         return bits(summed(each));
     }
 
     template <bool exact, bool weighted> bool layer_norm_grad() {
         if (!deviations()) return false;
-        ivec seen = {};
-        const ivec of_d = of_deviations<exact, weighted>(seen);
-        if (Unit::LIGHT && any_of(seen >= LARGE)) return false;
+        const int32_t shift = this->shift;
+        ivec largest;
+        const ivec of_d = of_deviations<exact, weighted>(largest);
+        if (Unit::LIGHT && any_of(largest >= LARGE)) return false;
         const ivec per_n = pam_div(bits(1.0f), length, shift), inverses = pam_div(bits(1.0f), d, shift);
         const ivec of_variance = exact ? pam_sqrt_grad(of_d, bits(variance))
                                        : pam_div(pam_mul(of_d, bits(0.5f), 0), d, shift);

@@ -97,6 +97,7 @@ template <class Unit> struct Group {
 
     template <bool exact> bool softmax_grad() {
         if (!powers()) return false;
+        const int32_t shift = this->shift;
         const ivec sum = divisor(), inverses = pam_div(bits(1.0f), sum, shift);
         const Factor shares = Unit::over(sum, shift), twices = Unit::then(shares, shares);
         const Factor by_powers = Unit::over(pam_power(sum), 0), by_inverses = Unit::by(inverses, shift);
@@ -161,6 +162,7 @@ template <class Unit> struct Group {
 
     template <bool exact> bool log_softmax_grad() {
         if (!powers()) return false;
+        const int32_t shift = this->shift;
         alignas(4 * LANES) vec each[LANES] = {};
         for (int64_t k = 0; k < count; k++) {
             RunningSums sums = {};

@@ -217,17 +217,17 @@ def test_initial_weights_have_their_sizes() -> None:
     initialise(block, 0.1)
     for weight in (block.hidden.weight, block.out.weight, block.attention.in_proj_weight):
         assert weight.abs().max() <= 0.2  # cut at two standard deviations, which leaves 0.88 of one
-        assert abs(float(weight.std()) - 0.088) < 0.003 and abs(float(weight.mean())) < 0.005
+        assert abs(float(weight.detach().std()) - 0.088) < 0.003 and abs(float(weight.detach().mean())) < 0.005
     assert not block.hidden.bias.any() and not block.attention.in_proj_bias.any()
     vit = ViT(std=0.1, d_model=64)
     assert 0.07 < vit.position.std() < 0.1 and 0.07 < GPT(std=0.1).token.weight.std() < 0.1
     model = Translation(500, 500, 64, 1, 4, 128)
-    assert abs(float(model.target.weight[2:].std()) - 1 / 8) < 0.005 and not model.source.weight[PADDING].any()
+    assert abs(float(model.target.weight[2:].detach().std()) - 1 / 8) < 0.005 and not model.source.weight[PADDING].any()
     for weight in model.encoder[0].attention.in_proj_weight.chunk(3):
         bound = math.sqrt(6 / 128) / math.sqrt(2)
         assert 0.95 * bound < weight.abs().max() <= bound
     net = PlainConvNet(1, 10, (64, 64))
-    assert abs(float(net.features[2].weight.std()) - math.sqrt(2 / (64 * 9))) < 0.003
+    assert abs(float(net.features[2].weight.detach().std()) - math.sqrt(2 / (64 * 9))) < 0.003
 
 
 def test_a_residual_network_has_its_layers_and_strides() -> None:
