@@ -215,7 +215,7 @@ class LanguageConfig:
     name: str = "language"
     vocabulary: str = "characters"
     """`characters` (the `model.vocab` most frequent) or `tokenizer` (`data.tokenizer`)."""
-    steps: int = 500
+    steps: int = 400
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences a step."""

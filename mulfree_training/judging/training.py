@@ -95,7 +95,7 @@ CLAIMS = [
         },
         control=worsened(LANGUAGE, ("matmul", "full")),
         figure=figures.training_lengths,
-        caption=f"Test loss after 250 and 500 steps, each with a schedule of its own. {BANDS}",
+        caption=f"Test loss after 200 and 400 steps, each with a schedule of its own. {BANDS}",
     ),
     Claim(
         id="C2",

@@ -79,7 +79,8 @@ extern "C" void adamw_run(const Numbers *given) {
     const Step<Guarded> careful(c);
     /* with these a ratio is below 2^126, and nothing else is larger */
     bool light = c.eps == 0 || (c.eps > 0x1p-62 && c.eps < 0x1p60);
-    for (double factor : {c.beta1, c.rest1, c.beta2, c.rest2, c.decay, c.step_size}) light &= factor >= 0 && factor <= 1;
+    for (double factor : {c.beta1, c.rest1, c.beta2, c.rest2, c.decay, c.step_size})
+        light &= factor >= 0 && factor <= 1;
     const int64_t threads = c.total > ONE_THREAD ? c.threads : 1, share = (c.total + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {

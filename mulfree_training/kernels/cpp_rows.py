@@ -1,4 +1,4 @@
-"""Bindings of `softmax.cpp`, `norm.cpp` and `adamw.cpp`: the functions of `formulas` over `reference`, fused, on the CPU.
+"""Bindings of `softmax.cpp`, `norm.cpp` and `adamw.cpp`: the functions of `formulas` over `reference`, fused in C++.
 
 Tensors are float32; results are contiguous and have the shape of x. A row is the last dimension. `shift` as in
 `bits.offset`. `level` is `avx512`, `avx2` or `generic`, by default the best of this processor. Every function raises
@@ -141,7 +141,7 @@ def _rows(
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int]:
-    """x as a matrix, or a vector, of contiguous rows at one distance, which is the second result; a view if it can be."""
+    """x as a matrix of contiguous rows, a view where that can be, and the distance of its rows."""
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
     return flat, flat.stride(0)

@@ -49,8 +49,8 @@ constexpr bool has_light(int operation) {
            operation == EXP2 || operation == EXP2_GRAD;
 }
 
-/* What a batch spans, lane by lane: the largest magnitude of each operand, the smallest of the last one, and the largest
- * number in it. */
+/* What a batch spans, lane by lane: the largest magnitude of each operand, the smallest of the last one, and the
+ * largest number in it. */
 struct Range {
     ivec a, b, c, low, top;
 };
@@ -173,7 +173,8 @@ static void strided(const Numbers &numbers, int64_t start, int64_t end) {
             if (numbers.strides[k][inner] != 1) n = std::min(n, (int64_t)BLOCK);
         const int32_t *x[3];
         for (int k = 0; k < 3; k++) {
-            const int64_t *strides = numbers.strides[k], step = strides[inner], row_step = inner > 0 ? strides[inner - 1] : 0;
+            const int64_t *const strides = numbers.strides[k], step = strides[inner];
+            const int64_t row_step = inner > 0 ? strides[inner - 1] : 0;
             x[k] = numbers.operands[k];
             for (int64_t d = 0; d <= inner; d++) x[k] += at[d] * strides[d];
             if (step == 1 && (rows == 1 || row_step == width)) continue;

@@ -1,8 +1,8 @@
 /* Layer norm along rows, forward and backward, equal to formulas.py over reference.py bit for bit.
  *
- * A group of rows is first tried with the light arithmetic, for which inputs, gradient and weight must be below 2^20 and
- * the deviation between 2^-12 and 2^40; then all products and sums are finite in rows of up to 2^20 entries. Otherwise
- * the guarded arithmetic starts again.
+ * A group of rows is first tried with the light arithmetic, for which inputs, gradient and weight must be below 2^20
+ * and the deviation between 2^-12 and 2^40: all products and sums are finite then in rows of up to 2^20 entries.
+ * Otherwise the guarded arithmetic starts again.
  */
 #include "rows.h"
 

@@ -1,7 +1,7 @@
 /* Softmax and log-softmax along rows, forward and backward, equal to formulas.py over reference.py bit for bit.
  *
- * A group of rows is first tried with the light arithmetic. Where it holds NaN, an infinity other than -inf, or values so
- * large that a product might overflow, the guarded one starts again.
+ * A group of rows is first tried with the light arithmetic. Where it holds NaN, an infinity other than -inf, or values
+ * so large that a product might overflow, the guarded one starts again.
  */
 #include "rows.h"
 

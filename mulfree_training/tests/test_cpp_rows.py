@@ -188,10 +188,10 @@ def _adamw_case(kinds: tuple[str, ...], *, signed: bool = False) -> list[list[Te
 
 
 def _check_adamw(columns: list[list[Tensor]], numbers: AdamWNumbers, levels: tuple[str, ...]) -> None:
-    truth = [formulas.adamw(reference, *own, numbers) for own in zip(*columns, strict=True)]
+    truth = [formulas.adamw(reference, p, g, m, v, numbers) for p, g, m, v in zip(*columns, strict=True)]
     for level in levels:
         ours = [[x.clone() for x in column] for column in columns]
-        cpp_rows.adamw_(*ours, numbers, level=level)
+        cpp_rows.adamw_(ours[0], ours[1], ours[2], ours[3], numbers, level=level)
         assert all(same(x, y) for x, y in zip(ours[1], columns[1], strict=True))
         for param, m, v, true in zip(ours[0], ours[2], ours[3], truth, strict=True):
             assert all(same(x, y) for x, y in zip((param, m, v), true, strict=True)), (level, numbers)
