@@ -54,7 +54,7 @@ def beam_search(decode: Decode, longest: Tensor, beams: int) -> list[list[int]]:
         token = place - beam * lp.shape[-1]
         ends = token == END
         # of those that end: they must be among the first, and not more than are still wanted
-        final = ends[:, :beams] & ~done[:, None] & (ends[:, :beams].cumsum(1) + ended[:, None] <= beams)
+        final = ends[:, :beams] & (ends[:, :beams].cumsum(1) + ended[:, None] <= beams)
         mean = (top[:, :beams] / (length + 1)).masked_fill(~final, -math.inf)
         value, which = mean.max(1)
         better = value > best

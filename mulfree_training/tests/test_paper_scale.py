@@ -308,6 +308,22 @@ def test_deit_mixes_pairs_and_leaves_the_global_generators_alone(paper: Any) -> 
     assert not torch.equal(first[0].inputs[0], first[1].inputs[0])  # each network has its own
 
 
+def test_every_image_comes_once_an_epoch_in_a_new_order_and_no_crop_comes_twice(paper: Any) -> None:
+    source = opened(paper("imagenet", "max_steps=10", "task.accumulate=1"))
+    assert isinstance(source, Stream)
+    items = [item for part in source._plan(0) for item in part]
+    rows = [row for row, _ in items]
+    assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(40)) and rows[:40] != rows[40:]
+    assert len({seed for _, seed in items}) == 80
+
+
+def test_no_two_parts_are_mixed_alike(paper: Any) -> None:
+    """The share of a mix is drawn anew for every step, micro-batch and process."""
+    chosen = paper("imagenet")
+    parts = [part for rank in range(2) for part in parts_of(opened(chosen, rank, 2), 3)]
+    assert len({round(float(part.target.max()), 6) for part in parts}) == len(parts) == 12
+
+
 @pytest.mark.parametrize("augment", ["crop", "deit"])
 def test_a_stream_is_the_same_with_workers_and_resumes_at_any_step(augment: str, paper: Any) -> None:
     whole = parts_of(opened(paper("imagenet", f"task.augment={augment}")), 3)

@@ -97,9 +97,10 @@ def test_bleu_is_0_without_a_common_4_gram_and_for_nothing() -> None:
 # --- beam search
 
 
-def table(seed: int, count: int, size: int) -> Callable[[Tensor], Tensor]:
+def table(seed: int, count: int, size: int, end: float = 0.0) -> Callable[[Tensor], Tensor]:
     """A stand-in for a network: logits that hang on the sentence, the last two tokens and the length."""
     weights = torch.randn(count, 4, size, size, size, generator=torch.Generator().manual_seed(seed))
+    weights[..., END] += end
 
     def decode(prefixes: Tensor) -> Tensor:
         beams = len(prefixes) // count
@@ -169,8 +170,9 @@ def search_one(decode: Callable[[Tensor], Tensor], longest: int, beams: int) -> 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("beams", [2, 3, 5])
-def test_the_search_is_fairseqs(seed: int, beams: int) -> None:
-    decode = table(seed, 1, 7)
+@pytest.mark.parametrize("end", [0.0, 0.7, 1.5])
+def test_the_search_is_fairseqs(seed: int, beams: int, end: float) -> None:
+    decode = table(seed, 1, 7, end)
     assert beam_search(decode, torch.tensor([6]), beams) == [search_one(decode, 6, beams)]
 
 
