@@ -217,7 +217,7 @@ class LanguageConfig:
     """`characters` (the `model.vocab` most frequent) or `tokenizer` (`data.tokenizer`)."""
     steps: int = 400
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 12
     """Sequences a step."""
     accumulate: int = 1
     """Micro-batches a step."""

@@ -33,7 +33,7 @@ template <class Unit> struct Group {
     const float *grad(int64_t k) const { return r.grad + (first + k) * r.grad_step; }
     float *out(int64_t k) const { return r.out + (first + k) * n; }
 
-    /* Fills z, with zeros after its end. */
+    /* Fills z. */
     bool deviations() {
         alignas(4 * LANES) vec each[LANES] = {};
         ivec seen = {};
@@ -57,7 +57,7 @@ template <class Unit> struct Group {
             const float *from = x(k);
             float *z = buffers[0] + k * width;
             along(n, [&](int64_t i, auto at) {
-                const vec value = at.keep(at.load(from + i, 0.0f) - mean);
+                const vec value = at.load(from + i, 0.0f) - mean;
                 store(z + i, value);
                 add_at(sums, i, at.keep((vec)Unit::square(bits(value), shift)));
             });

@@ -1,4 +1,4 @@
-"""Train a translation model in a given arithmetic and score its translations (C3.paper, C4.paper)."""
+"""Train a translation model in a given arithmetic and score its translations (C4.paper)."""
 
 from __future__ import annotations
 

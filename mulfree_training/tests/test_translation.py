@@ -172,8 +172,13 @@ def search_one(decode: Callable[[Tensor], Tensor], longest: int, beams: int) -> 
 @pytest.mark.parametrize("beams", [2, 3, 5])
 @pytest.mark.parametrize("end", [0.0, 0.7, 1.5])
 def test_the_search_is_fairseqs(seed: int, beams: int, end: float) -> None:
-    decode = table(seed, 1, 7, end)
-    assert beam_search(decode, torch.tensor([6]), beams) == [search_one(decode, 6, beams)]
+    decode, seen = table(seed, 1, 7, end), ([], [])
+
+    def noting(which: int) -> Callable[[Tensor], Tensor]:
+        return lambda prefixes: seen[which].extend(map(tuple, prefixes.tolist())) or decode(prefixes)
+
+    assert beam_search(noting(0), torch.tensor([6]), beams) == [search_one(noting(1), 6, beams)]
+    assert set(seen[0]) == set(seen[1])  # and with the same prefixes on the way
 
 
 def test_sentences_of_a_batch_do_not_see_each_other() -> None:
