@@ -71,6 +71,8 @@ def _better(experiment: str, arm: str, other: str, metric: str, allowed: float, 
             outcome = replace(outcome, effect=-outcome.effect, ci_low=low, ci_high=high)
             words = f"difference < {allowed:g}"
         words = f"{word}paired one-sided t: {words}"
+        # a mean of differences that cancel is 0, not a rounding
+        outcome = replace(outcome, effect=round(outcome.effect, 12))
         return replace(outcome, test=words, unit=unit(metric), detail=_levels(arm, own, other, theirs, metric))
 
     return test
