@@ -201,7 +201,7 @@ def optimizer_rows(device: str, seconds: float) -> list[bench.Row]:
         exact, other = stepper(torch.optim.AdamW)
         moved()
         exact()
-        shift = max(float((a - b).abs().max()) for a, b in zip(expected, other, strict=True))
+        shift = max(float((a - b).detach().abs().max()) for a, b in zip(expected, other, strict=True))
         assert shift < 1e-4, f"the first step is {shift:.2g} away from AdamW's"
 
     size = f"{sum(p.numel() for p in own):,} parameters"
