@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from mulfree_training.proof import forbid_multiplications
 from torch import Tensor, nn
 
 from mulfree_training.attention import PAMAttention
 from mulfree_training.convert import convert_to_mulfree
 from mulfree_training.modules import Arithmetic, PAMCrossEntropy, PAMLinear
 from mulfree_training.optim import PAMAdamW
+from mulfree_training.proof import forbid_multiplications
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -153,15 +153,18 @@ def test_broadcast_rows_columns_and_scalars(shape: tuple[int, ...], level: str) 
         _check("mul_grad", (a, b, full), level)
 
 
-@pytest.mark.parametrize("shape", [(50000,), (3001, 17), (11, 4001)])
-def test_threads_do_not_change_the_result(shape: tuple[int, ...], level: str) -> None:
-    a, b = content("wide", *shape, seed=1), content("special", shape[-1], seed=2).expand(shape)
-    truth, before = (reference.mul(a, b), reference.mul(b, b.flip(0).contiguous())), torch.get_num_threads()
+def test_threads_do_not_change_the_result(level: str) -> None:
+    """Whole tensors, short rows, long rows, and planes that threads share."""
+    pairs = []
+    for shape in ((50000,), (3001, 17), (11, 4001)):
+        a, b = content("wide", *shape, seed=1), content("special", shape[-1], seed=2).expand(shape)
+        pairs += [(a, b), (a, b.contiguous())]
+    pairs.append((content("wide", 61, 1, 40).expand(61, 23, 40), torch.tensor(1.7).expand(61, 23, 40)))
+    before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for (a, b), threads in itertools.product(pairs, (1, 2, 3)):
             torch.set_num_threads(threads)
-            assert same(cpp_elementwise.mul(a, b, level=level), truth[0]), threads
-            assert same(cpp_elementwise.mul(b.contiguous(), b.flip(0).contiguous(), level=level), truth[1]), threads
+            assert same(cpp_elementwise.mul(a, b, level=level), reference.mul(a, b)), (a.shape, threads)
     finally:
         torch.set_num_threads(before)
 

@@ -87,6 +87,13 @@ def test_ordinary_gradients(n: int, kind: str) -> None:
     _check(g, x, content("plain", n, seed=3), content("plain", n, seed=4), 0.0, 0, LEVELS)
 
 
+def test_shares_that_vanish_step_by_step() -> None:
+    """e over the sum is a number, but over it again it is 0: only a gradient there shows what became of it."""
+    g, x = torch.zeros(2, 40, 33)
+    g[:, 3], x[:, 3] = 1e9, torch.linspace(-80, -90, 40)
+    _check(g, x, torch.ones(33), torch.ones(33), 1e-5, 0, LEVELS)
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-38, 1e10, INF, float("nan"), -1.0])
 def test_layer_norm_of_any_eps(eps: float) -> None:
     for kind in ("plain", "constant", "tiny"):
@@ -240,6 +247,10 @@ def test_adamw_near_the_bounds_of_what_needs_no_guard() -> None:
         columns[1][0] = content(other, 254, seed=9)
         _check_adamw(columns, STEP._replace(eps=0.0), LEVELS)
         _check_adamw([columns[0], [sizes], columns[2], [sizes.flip(0)]], STEP, LEVELS)
+    # small roots below moments that are just small enough
+    columns = [[content("tiny", 254)], [content("tiny", 254, seed=1)], [sizes.roll(-152)], [sizes]]
+    for step_size in (1.0, 3e8):
+        _check_adamw(columns, STEP._replace(eps=0.0, step_size=step_size), LEVELS)
 
 
 def test_threads_do_not_change_adamw() -> None:

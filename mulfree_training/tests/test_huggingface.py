@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from mulfree_training.proof import forbid_multiplications  # noqa: E402
-
 from mulfree_training.attention import attend  # noqa: E402
 from mulfree_training.convert import convert_to_mulfree  # noqa: E402
 from mulfree_training.functional import pam_cross_entropy  # noqa: E402
@@ -15,6 +13,7 @@ from mulfree_training.huggingface import PAMConv1D, register_transformers  # noq
 from mulfree_training.modules import PAMGELU, PAMLinear  # noqa: E402
 from mulfree_training.optim import PAMAdamW  # noqa: E402
 from mulfree_training.products import pam_matmul  # noqa: E402
+from mulfree_training.proof import forbid_multiplications  # noqa: E402
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
