@@ -343,9 +343,9 @@ class TrialConfig(CommonConfig):
 
 
 register("mulfree_training_schema", TrialConfig)
-register("images_schema", ImagesConfig, group="task")
-register("language_schema", LanguageConfig, group="task")
-register("translation_schema", TranslationConfig, group="task")
-register("primitives_schema", PrimitivesConfig, group="task")
-register("affine_schema", AffineConfig, group="task")
-register("proof_schema", ProofConfig, group="task")
+register("mulfree_images_schema", ImagesConfig, group="task")
+register("mulfree_language_schema", LanguageConfig, group="task")
+register("mulfree_translation_schema", TranslationConfig, group="task")
+register("mulfree_primitives_schema", PrimitivesConfig, group="task")
+register("mulfree_affine_schema", AffineConfig, group="task")
+register("mulfree_proof_schema", ProofConfig, group="task")
