@@ -25,6 +25,16 @@ def test_import_rules_cover_every_paper() -> None:
     assert set(contracts["contracts"][1]["modules"]) == set(PAPERS)
 
 
+def test_schemas_of_papers_have_names_of_their_own() -> None:
+    """Hydra has one store a process: a paper that registers another's name takes its schema away."""
+    found: dict[tuple[str, str], str] = {}
+    for paper in PAPERS:
+        text = (ROOT / paper / "config.py").read_text()
+        for name, group in re.findall(r'^register\("(\w+)", \w+(?:, group="(\w+)")?\)', text, flags=re.M):
+            assert found.setdefault((group, name), paper) == paper, f"{paper} and {found[group, name]}: {group}/{name}"
+    assert len(found) > 2 * len(PAPERS)
+
+
 def test_no_library_file_is_longer_than_a_reader_likes() -> None:
     long = {str(p.relative_to(ROOT)): n for p in _sources() if (n := len(p.read_text().splitlines())) > MAX_LINES}
     assert not long
