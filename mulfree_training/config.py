@@ -35,7 +35,7 @@ class ArithmeticConfig:
     loss_derivative: str | None = None
     """Another rule for the loss; null: as `derivative` (pam)."""
     lse_log2: str | None = None
-    """Rule of the logarithm in the loss; null: as the loss (the official code: always `exact`) (pam)."""
+    """`exact` derives the logarithm in the loss exactly even if the loss is approximate, as the official code (pam)."""
     alpha: float | None = None
     """Compensation constant on every product, in (0.5, 2); null is none (pam)."""
     host_scalars: str = "exact"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mulfree_training.arguments import Rule, check_dtype, in_single, is_exact
+from mulfree_training.autograd import OfOne
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 from mulfree_training.primitives import pam_div, pam_mul
@@ -22,17 +23,10 @@ from mulfree_training.primitives import pam_div, pam_mul
 Smoothing = Literal["fairseq", "torch"]
 
 
-class _Softmax(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Softmax(OfOne):
     @staticmethod
     def forward(x: Tensor, shift: int, exact: bool, backend: str) -> Tensor:
         return ops.softmax(x, shift, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.rest = inputs
-        ctx.save_for_backward(x)
 
     @staticmethod
     @once_differentiable
@@ -41,17 +35,10 @@ class _Softmax(torch.autograd.Function):
         return ops.softmax_grad(grad, *ctx.saved_tensors, shift, exact, backend), None, None, None
 
 
-class _LogSoftmax(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _LogSoftmax(OfOne):
     @staticmethod
     def forward(x: Tensor, shift: int, exact: bool, exact_log2: bool, backend: str) -> Tensor:
         return ops.log_softmax(x, shift, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.rest = inputs
-        ctx.save_for_backward(x)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +118,8 @@ def pam_log_softmax(
     """x - PAD(floor(max u) + log2 of sum of e, log2 e), with u and e as in `pam_softmax`.
 
     Args:
-        lse_log2: rule of the logarithm, if not `derivative`; the official code has `exact` here always.
+        lse_log2: `exact` derives the logarithm exactly even where `derivative` is `approx`, as the official code always
+            does; where `derivative` is `exact` this changes nothing.
 
     Other arguments and errors as in `pam_softmax`.
     """

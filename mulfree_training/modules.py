@@ -280,7 +280,7 @@ class PAMCrossEntropy(Arithmetic):
         reduction: `mean`, `sum` or `none`.
         label_smoothing: epsilon in [0, 1).
         smoothing: `fairseq` or `torch`, how epsilon is spread.
-        lse_log2: rule of the logarithm in log-softmax, if not `derivative`.
+        lse_log2: `exact` derives the logarithm in log-softmax exactly; see `pam_log_softmax`.
         derivative, alpha, backend: see the module.
 
     Raises:

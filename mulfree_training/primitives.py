@@ -15,25 +15,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mulfree_training.arguments import DTYPES, Rule, Rules, are_exact, check_dtype, check_pair, in_single, is_exact
+from mulfree_training.autograd import OfOne, OfTwo
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 
 LOG2E = math.log2(math.e)
 
 
-class _Mul(torch.autograd.Function):
+class _Mul(OfTwo):
     """PAM of equal shapes."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, shift: int, exact: tuple[bool, bool], backend: str) -> Tensor:
         return ops.mul(a, b, shift, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, *ctx.rest = inputs
-        ctx.save_for_backward(a, b)
 
     @staticmethod
     @once_differentiable
@@ -47,19 +41,12 @@ class _Mul(torch.autograd.Function):
         return ga, gb, None, None, None
 
 
-class _Div(torch.autograd.Function):
+class _Div(OfTwo):
     """PAD of equal shapes."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, shift: int, exact: tuple[bool, bool], backend: str) -> Tensor:
         return ops.div(a, b, shift, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, *ctx.rest = inputs
-        ctx.save_for_backward(a, b)
 
     @staticmethod
     @once_differentiable
@@ -102,19 +89,12 @@ class _Exp2(torch.autograd.Function):
         return ops.mul(slope, grad, shift, backend), None, None, None, None
 
 
-class _Log2(torch.autograd.Function):
+class _Log2(OfOne):
     """Base 2 logarithm; `natural` as in `_Exp2`, for log."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, shift: int, exact: bool, natural: bool, backend: str) -> Tensor:
         return ops.log2(x, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.rest = inputs
-        ctx.save_for_backward(x)
 
     @staticmethod
     @once_differentiable

@@ -15,23 +15,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mulfree_training.arguments import Rules, are_exact, check_pair, in_single
+from mulfree_training.autograd import OfTwo
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 
 
-class _MatMul(torch.autograd.Function):
+class _MatMul(OfTwo):
     """(N, M, K) x (N, K, P) -> (N, M, P)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, shift: int, exact: tuple[bool, bool], backend: str) -> Tensor:
         return ops.matmul(a, b, shift, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, *ctx.rest = inputs
-        ctx.save_for_backward(a, b)
 
     @staticmethod
     @once_differentiable

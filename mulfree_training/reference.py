@@ -143,7 +143,7 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def sqrt_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """The exact derivative of `sqrt`, applied to `grad`: slope 2^(E_y - E_x - 1)."""
+    """The exact derivative of `sqrt`, applied to `grad`: slope 2^(E_y - E_x - 1); NaN at 0, which has no slope."""
     half = torch.full_like(x, 0.5)
     return mul(mul(grad, half), div(_power(sqrt(x)), _power(x)))
 
