@@ -141,21 +141,22 @@ def run(case: Case, backend: str | None) -> tuple[Tensor, ...]:
     return with_gradients(lambda q, k, v: case.attend(q, k, v, backend), case.q, case.k, case.v)
 
 
-def check(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
+def check(case: Case, backend: str, dtype: torch.dtype = torch.float32, roundings: int = 1) -> None:
     """The face's error against float64 is at most twice (gradients three times) that of plain PyTorch.
 
+    So many `roundings` more are allowed: where few numbers are compared, plain PyTorch may be right by luck.
     Rows that see nothing, and keys that nobody sees, must come out as exact zeros.
     """
     case = case.to(dtype)
     mask = case.mask()
     exact, plain, ours = dense(case, torch.float64), dense(case, dtype), run(case, backend)
     # float64 is its own yardstick: nothing is more exact
-    roundings = torch.finfo(dtype).eps * (1 if dtype is not torch.float64 else 10)
+    slack = torch.finfo(dtype).eps * (roundings if dtype is not torch.float64 else 10)
     rules = (("out", 2), ("dq", 3), ("dk", 3), ("dv", 3))
     for (name, factor), size, truth, other, mine in zip(rules, sizes(case), exact, plain, ours, strict=True):
         assert mine.dtype is dtype and mine.shape == truth.shape, name
         error, allowed = ((x.double() - truth).abs().max().item() for x in (mine, other))
-        allowed = factor * allowed + roundings * size
+        allowed = factor * allowed + slack * size
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
     blind = ~mask.any(-1)
     assert (ours[0][blind] == 0).all() and (ours[1][blind] == 0).all()
