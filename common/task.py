@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ class TaskFunction:
             obey_parent()
         cli = self.cli()
         try:
-            overrides = list(job.overrides.task)
+            # as written: a value such as ${seed} is for the config, not for this node
+            overrides = typing.cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
             return cli.trial(self.config(config, overrides), overrides, quiet=in_sweep)
         except Exception as error:
             if not in_sweep:

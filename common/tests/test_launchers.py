@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from common.launch import THREAD_POOLS, limit_threads
-from common.tests.runs import OFF, TRAIN, records, run
+from common.tests.runs import OFF, PAPER, TRAIN, records, run
 
 LAUNCHERS = {
     "basic": "hydra",
@@ -48,6 +49,14 @@ def test_a_launcher_gives_the_records_of_one_after_the_other(
     assert len(alone) == 3 and any(row["diverged"] for rows in alone.values() for row in rows)
     assert sweep(launcher, tmp_path) == alone
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "laptop"])
+def test_a_value_may_refer_to_another_key(launcher: str, tmp_path: Path) -> None:
+    done = run([*TRAIN, "-m", OFF, "seed=3,4", "steps=${seed}", f"hydra/launcher={launcher}"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / PAPER / "trials").glob("*/config.yaml")]
+    assert sorted((config["seed"], config["steps"]) for config in configs) == [(3, 3), (4, 4)]
 
 
 def test_workers_inherit_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
