@@ -7,6 +7,7 @@ from typing import Any
 
 from common.config import CommonConfig, check, register
 from common.data.config import DataConfig
+from common.data.crops import DeiTConfig
 
 SCOPE = ("matmul", "softmax", "norm", "loss", "optimizer")
 """What can be piecewise affine, in the order of the ablation's rows."""
@@ -17,6 +18,7 @@ ACTIVATIONS = ("relu", "gelu")
 OPTIMIZERS = ("adamw", "sgd")
 SPLITS = ("validation", "test")
 AUGMENTATIONS = ("none", "crop", "deit")
+SELECTIONS = ("last", "best")
 BACKENDS = ("", "cpp", "triton", "torch", "reference")
 
 
@@ -144,7 +146,8 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     """Decoupled (adamw), or added to the gradient (sgd)."""
     decay_all: bool = True
-    """Decay biases, norms and embeddings too, as torch does; false leaves vectors out."""
+    """Decay biases, norms and embeddings too, as torch does; false leaves out vectors, and class token and positions of
+    the vit, as timm."""
     beta1: float = 0.9
     """First-moment decay, or momentum (sgd)."""
     beta2: float = 0.999
@@ -190,7 +193,9 @@ class ImagesConfig:
     label_smoothing: float = 0.1
     """Epsilon, spread over all classes."""
     augment: str = "none"
-    """`none`, `crop` (pad 4, random crop and mirror) or `deit` (timm's; needs `upsample`)."""
+    """`none`, `crop` (pad 4, random crop and mirror) or `deit` (timm's as in `deit`; needs `upsample`)."""
+    deit: DeiTConfig = field(default_factory=DeiTConfig)
+    """What timm does (`augment=deit`)."""
     upsample: int | None = None
     """Images are resized to this height and width (bicubic); null leaves them."""
     evaluate: str = "validation"
@@ -258,13 +263,21 @@ class TranslationConfig:
     beams: int = 5
     """Width of the beam search."""
     length_factor: float = 1.2
-    """Longest translation over the source's length, beside 10 tokens."""
+    """Longest translation over the source's length (with its end), beside `length_extra`."""
+    length_extra: int = 10
+    """Tokens that a translation may have beyond `length_factor` times its source's."""
+    select: str = "last"
+    """Weights to evaluate: `last`, or `best` by BLEU on the validation split."""
+    evaluate_every: int = 1000
+    """Steps between validations (`select=best`); the last step has one too."""
     log_every: int = 100
     """Steps between history rows."""
 
     def __post_init__(self) -> None:
-        _check_training(self, "steps", "batch_tokens", "beams")
+        _check_training(self, "steps", "batch_tokens", "beams", "evaluate_every")
         check("task.length_factor", self.length_factor, self.length_factor > 0, "> 0")
+        check("task.length_extra", self.length_extra, self.length_extra >= 0, ">= 0")
+        check("task.select", self.select, self.select in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
 
 
 @dataclass
@@ -312,7 +325,7 @@ class ProofConfig:
     batch_size: int = 16
     """Images or sequences of the step."""
     kernels: bool = False
-    """Also scan the compiled kernels: C++ by disassembly, Triton's PTX."""
+    """Also scan the compiled kernels: C++ by disassembly, Triton's PTX, and its machine code for sm_90."""
 
     def __post_init__(self) -> None:
         known = self.workload in ("images", "language")

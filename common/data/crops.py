@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.config import check
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
@@ -26,8 +28,32 @@ Items = list[tuple[int, int]]
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (Szegedy et al. 2015)
 TRIES = 10
 EVAL_RESIZE = 8 / 7  # 256 pixels on the short side for a crop of 224
-DEIT = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "re_prob": 0.25, "re_mode": "pixel"}
-DEIT_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+ERASING_MODES = ("const", "rand", "pixel")
+
+
+@dataclass(frozen=True)
+class DeiTConfig:
+    """timm's augmentation of images; without values it mirrors and crops."""
+
+    auto_augment: str | None = None
+    """timm's words for RandAugment, e.g. `rand-m9-mstd0.5-inc1`; null is none."""
+    color_jitter: float = 0.0
+    """Most change of brightness, contrast and saturation (where there is no RandAugment)."""
+    erasing: float = 0.0
+    """Probability to erase a random box."""
+    erasing_mode: str = "pixel"
+    """What a box is filled with: `const` (zeros), `rand` (one colour) or `pixel` (noise)."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is none."""
+
+    def __post_init__(self) -> None:
+        for key in ("color_jitter", "mixup", "cutmix"):
+            check(f"task.deit.{key}", getattr(self, key), getattr(self, key) >= 0, ">= 0")
+        check("task.deit.erasing", self.erasing, 0 <= self.erasing <= 1, "in [0, 1]")
+        known = self.erasing_mode in ERASING_MODES
+        check("task.deit.erasing_mode", self.erasing_mode, known, f"one of {', '.join(ERASING_MODES)}")
 
 
 @dataclass
@@ -107,21 +133,31 @@ def _resized(image: Image, box: tuple[float, float, float, float], size: int) ->
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
 
 
-def deit_crop(size: int, mean: list[float], std: list[float]) -> Crop:
-    """timm's transform with DeiT's settings, float32.
+def deit_crop(size: int, mean: list[float], std: list[float], c: DeiTConfig) -> Crop:
+    """timm's transform, float32.
 
     Raises:
         ValueError: timm is not installed.
     """
     transform = _timm().create_transform(
-        size, is_training=True, interpolation="bicubic", mean=tuple(mean), std=tuple(std), **DEIT
+        size,
+        is_training=True,
+        interpolation="bicubic",
+        mean=tuple(mean),
+        std=tuple(std),
+        auto_augment=c.auto_augment,
+        color_jitter=c.color_jitter,
+        re_prob=c.erasing,
+        re_mode=c.erasing_mode,
     )
     return partial(_transformed, transform)
 
 
-def deit_mix(classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """timm's mixup and cutmix with DeiT's settings: images (B, 3, H, W), B even, and labels -> mixed, (B, K)."""
-    return _timm().Mixup(**DEIT_MIX, label_smoothing=0.0, num_classes=classes)
+def deit_mix(classes: int, c: DeiTConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """timm's mixup and cutmix: images (B, 3, H, W), B even, and labels -> mixed, (B, K); None where both are 0."""
+    if not (c.mixup or c.cutmix):
+        return None
+    return _timm().Mixup(mixup_alpha=c.mixup, cutmix_alpha=c.cutmix, label_smoothing=0.0, num_classes=classes)
 
 
 def _transformed(transform: Callable[[Image], Tensor], image: Image, seed: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -12,8 +14,10 @@ from PIL import Image
 
 from common.data.crops import (
     CroppedImages,
+    DeiTConfig,
     centre_crop,
     deit_crop,
+    deit_mix,
     loader,
     normalised,
     random_box,
@@ -98,4 +102,28 @@ def test_deit_without_timm_names_the_package(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("timm", "timm.data"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"task.augment=deit: needs the package timm .pip install timm."):
-        deit_crop(8, [0.5] * 3, [0.5] * 3)
+        deit_crop(8, [0.5] * 3, [0.5] * 3, DeiTConfig())
+
+
+def test_timm_gets_the_values_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(create_transform=lambda size, **options: (size, options), Mixup=lambda **options: options)
+    monkeypatch.setattr("common.data.crops._timm", lambda: fake)
+    c = DeiTConfig("rand-m3", color_jitter=0.1, erasing=0.2, erasing_mode="const", mixup=0.4, cutmix=0.6)
+    size, options = deit_crop(8, [0.5] * 3, [0.25] * 3, c).args[0]  # type: ignore[attr-defined]
+    assert size == 8 and options == {
+        "is_training": True, "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3,
+        "auto_augment": "rand-m3", "color_jitter": 0.1, "re_prob": 0.2, "re_mode": "const",
+    }  # fmt: skip
+    wanted = {"mixup_alpha": 0.4, "cutmix_alpha": 0.6, "label_smoothing": 0.0, "num_classes": 9}
+    assert deit_mix(9, c) == wanted
+    assert deit_mix(9, DeiTConfig()) is None and deit_mix(9, DeiTConfig(cutmix=1.0)) is not None
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"mixup": -1.0}, "task.deit.mixup=-1.0: must be >= 0"),
+    ({"erasing": 1.5}, r"task.deit.erasing=1.5: must be in \[0, 1\]"),
+    ({"erasing_mode": "noise"}, "task.deit.erasing_mode=noise: must be one of const, rand, pixel"),
+])  # fmt: skip
+def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeiTConfig(**values)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Target that does not count."""
+UNDECAYED = ("class_token", "position")
+"""Parameters of the ViT that do not decay with the vectors, as in timm."""
 
 
 class Loss(Protocol):
@@ -89,9 +91,13 @@ def standard_loss(
 
 def make_optimizer(model: nn.Module, c: OptimizerConfig, a: ArithmeticConfig) -> torch.optim.Optimizer:
     """AdamW or SGD, piecewise affine where the scope says so."""
-    matrices = [p for p in model.parameters() if p.requires_grad and (c.decay_all or p.dim() > 1)]
-    others = [p for p in model.parameters() if p.requires_grad and not (c.decay_all or p.dim() > 1)]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kept = p.dim() <= 1 or name.rpartition(".")[2] in UNDECAYED
+            (others if kept and not c.decay_all else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     own = "optimizer" in a.scope
     if c.name == "sgd":

@@ -86,8 +86,8 @@ class Stream:
         self.config, self.splits, self.seeds, self.run = config, splits, seeds, run
         self.middle = partial(centre_crop, size=side)
         plain = partial(random_crop, size=side) if task.augment == "crop" else self.middle
-        self.crop: Crop = deit_crop(side, c.mean, c.std) if deit else plain
-        self.mix = deit_mix(config.model.classes) if deit else None
+        self.crop: Crop = deit_crop(side, c.mean, c.std, task.deit) if deit else plain
+        self.mix = deit_mix(config.model.classes, task.deit) if deit else None
         self.steps_per_epoch = len(splits["train"]) // task.batch_size
         total = task.epochs * self.steps_per_epoch
         self.steps = total if config.max_steps is None else min(total, config.max_steps)

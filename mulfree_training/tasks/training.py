@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,22 @@ class Batch(NamedTuple):
         return Batch(tuple(x.to(device) for x in self.inputs), self.target.to(device), real)
 
 
+class Watch(Protocol):
+    """Looks at the models during training, and survives a kill."""
+
+    every: int
+    """Steps between two looks; the last step has one too."""
+
+    def look(self, step: int) -> dict[str, list[float]]:
+        """Look after a step; must not change weights or random states. Returns metrics to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+
 class Losses(nn.Module):
     """Models side by side: a batch for each -> (S,) mean losses."""
 
@@ -97,6 +113,7 @@ def fit(
     losses: Losses,
     batch: Callable[[int, int], Rows],
     steps: int,
+    watch: Watch | None = None,
 ) -> tuple[list[float], float]:
     """Train all models.
 
@@ -107,6 +124,7 @@ def fit(
         losses: the models, placed.
         batch: (seed, step) -> the whole batch of one model on any device; only the rows of this process are asked for.
         steps: optimizer steps.
+        watch: looks at the models now and then; its time does not count.
 
     Returns:
         Training loss of the last step, one a model, and seconds of training a model.
@@ -118,6 +136,8 @@ def fit(
     kept = load_extra(trial.folder)
     mean = torch.tensor(kept.get("mean", [math.nan] * len(trial.seeds)))
     spent, saved = kept.get("spent", 0.0), time.monotonic()
+    if watch is not None and "watch" in kept:
+        watch.load_state_dict(kept["watch"])
     for step in range(first, steps):
         started = time.perf_counter()
         factor = lr_factor(step, steps, c)
@@ -135,6 +155,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         spent += time.perf_counter() - started
         done = step + 1
+        if watch is not None and (done % watch.every == 0 or done == steps):
+            trial.log(watch.look(done), step=done)
         if done % task.log_every and done < steps:
             continue
         mean = run.mean(total)
@@ -144,7 +166,8 @@ def fit(
             break
         # every process must write it, or none: their clocks differ
         if done < steps and ranks.agree(time.monotonic() - saved > CHECKPOINT_SECONDS, "checkpoint"):
-            save_checkpoint(trial.folder, losses, optimizer, step=done, extra={"mean": mean.tolist(), "spent": spent})
+            extra = {"mean": mean.tolist(), "spent": spent} | ({} if watch is None else {"watch": watch.state_dict()})
+            save_checkpoint(trial.folder, losses, optimizer, step=done, extra=extra)
             saved = time.monotonic()
     return mean.tolist(), spent / len(trial.seeds)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,29 @@ from mulfree_training.networks.build import build
 from mulfree_training.tasks.arithmetic import IGNORED, convert, loss_function
 from mulfree_training.tasks.beam import beam_search
 from mulfree_training.tasks.bleu import corpus_bleu
+from mulfree_training.tasks.selection import Best
 from mulfree_training.tasks.training import Batch, Losses, epoch_order, fit
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from common.trials import Trial
     from mulfree_training.config import TrialConfig
 
 TIES = 56  # random stream
-EXTRA = 10
-"""A translation may have so many tokens more than `task.length_factor` times those of its source, end included."""
 SMALL = 64
 """Sentences to evaluate on where `max_steps` cuts everything short."""
 
 
+class HeldOut(NamedTuple):
+    """A split to translate, sorted by the length of the sources."""
+
+    pairs: Pairs
+    references: list[str]
+
+
 class Sentences:
-    """Sentence pairs: batches by (seed, step), and the split to evaluate on, sorted by length.
+    """Sentence pairs: batches by (seed, step), the split to evaluate on, and the one that `task.select=best` needs.
 
     Raises:
         ValueError: no split to evaluate on, or what `encode` and `token_batches` refuse.
@@ -44,19 +53,14 @@ class Sentences:
     def __init__(self, config: TrialConfig, seeds: list[int], parts: int) -> None:
         task, c = config.task, config.data
         splits = load(c)
-        if task.evaluate not in splits:
-            raise ValueError(f"task.evaluate={task.evaluate}: data.{task.evaluate}=0 leaves no {task.evaluate} split")
-        held_out = splits[task.evaluate]
-        if config.max_steps is not None:
-            held_out = held_out.select(range(min(SMALL, len(held_out))))
-        sizes = config.model.source_vocab, config.model.vocab
-        self.train = encode(splits["train"], c.inputs, c.tokenizer, sizes)
-        pairs = encode(held_out, c.inputs, c.tokenizer, sizes)
-        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
-        language = languages(held_out, c.inputs)[1]
-        texts = held_out[:][c.inputs]
-        self.pairs: Pairs = [pairs[i] for i in order]
-        self.references: list[str] = [texts[i][language] for i in order]
+        best = task.select == "best"
+        for key, name in (("evaluate", task.evaluate), *([("select", "validation")] if best else [])):
+            if name not in splits:
+                raise ValueError(f"task.{key}={getattr(task, key)}: data.{name}=0 leaves no {name} split")
+        self.train = encode(splits["train"], c.inputs, c.tokenizer, (config.model.source_vocab, config.model.vocab))
+        self.pairs, self.references = _held_out(config, splits[task.evaluate])
+        self.validation = _held_out(config, splits["validation"]) if best else None
+        language = languages(splits["train"], c.inputs)[1]
         self.folder = os.path.join(c.tokenizer, language) if c.tokenizer else ""
         self.parts = parts
         self.batches = {seed: self._cut(seed, task.batch_tokens) for seed in seeds}
@@ -84,6 +88,16 @@ class Sentences:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
+def _held_out(config: TrialConfig, split: Dataset) -> HeldOut:
+    c = config.data
+    if config.max_steps is not None:
+        split = split.select(range(min(SMALL, len(split))))
+    pairs = encode(split, c.inputs, c.tokenizer, (config.model.source_vocab, config.model.vocab))
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
+    language, texts = languages(split, c.inputs)[1], split[:][c.inputs]
+    return HeldOut([pairs[i] for i in order], [texts[i][language] for i in order])
+
+
 def _batch(pairs: Pairs, multiple: int = 1) -> Batch:
     found = collate([pairs], multiple)
     assert found.real is not None
@@ -94,8 +108,8 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     """One trial.
 
     Returns:
-        One dict a seed: `<split>_nll` in nats a token, `<split>_bleu` of the last weights, smoothed `train_loss` of the
-        last step, `train_s`.
+        One dict a seed: `<split>_nll` in nats a token and `<split>_bleu` of the last or best weights, smoothed
+        `train_loss` of the last step, `train_s`, and the `best_step` if `task.select=best`.
     """
     with forced(config.arithmetic.backend or None):
         return _run(config, trial)
@@ -108,15 +122,27 @@ def _run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     sentences = Sentences(config, trial.seeds, task.accumulate * run.world)
     models = [convert(build(config.model, seed), config.arithmetic) for seed in trial.seeds]
     losses = run.place(Losses(models, loss_function(config.arithmetic, task.label_smoothing, "fairseq")))
-    train_loss, seconds = fit(config, trial, run, losses, sentences, steps)
+
+    def bleu(model: nn.Module, held_out: HeldOut) -> float:
+        found = translate(model, held_out.pairs, task, run)
+        return corpus_bleu([sentences.text(ids) for ids in found], held_out.references)
+
+    watch = None
+    if sentences.validation is not None:
+        watch = Best(losses.models, task.evaluate_every, functools.partial(bleu, held_out=sentences.validation))
+    train_loss, seconds = fit(config, trial, run, losses, sentences, steps, watch)
+    if watch is not None:
+        watch.restore()
     rows = []
     for i, (seed, model) in enumerate(zip(trial.seeds, losses.models, strict=True)):
         loss = held_out_nll(model, sentences.pairs, task.eval_batch_size, run)
-        found = translate(model, sentences.pairs, task, run)
-        bleu = corpus_bleu([sentences.text(ids) for ids in found], sentences.references)
+        score = bleu(model, HeldOut(sentences.pairs, sentences.references))
+        # the best weights may be older than the divergence
+        diverged = not (math.isfinite(loss) and math.isfinite(train_loss[i]))
         rows.append(
-            {"seed": seed, "diverged": not math.isfinite(loss), f"{task.evaluate}_nll": loss}
-            | {f"{task.evaluate}_bleu": bleu, "train_loss": train_loss[i], "train_s": seconds}
+            {"seed": seed, "diverged": diverged, f"{task.evaluate}_nll": loss, f"{task.evaluate}_bleu": score}
+            | {"train_loss": train_loss[i], "train_s": seconds}
+            | ({} if watch is None else {"best_step": watch.steps[i]})
         )
     names = (f"{task.evaluate}_nll", f"{task.evaluate}_bleu")
     trial.log({name.replace("_", "/"): [row[name] for row in rows] for name in names}, step=steps)
@@ -145,7 +171,7 @@ def translate(model: nn.Module, pairs: Pairs, task: Any, run: Run) -> list[list[
     Args:
         model: has `encode` and `decode` of `networks.translation.Translation`.
         pairs: whose sources count, best sorted by length.
-        task: `beams`, `length_factor` and `eval_batch_size`.
+        task: `beams`, `length_factor`, `length_extra` and `eval_batch_size`.
         run: where to compute.
     """
     model.eval()
@@ -153,8 +179,9 @@ def translate(model: nn.Module, pairs: Pairs, task: Any, run: Run) -> list[list[
     with run.autocast():
         for part in _parts(pairs, task.eval_batch_size):
             source = _batch(part).inputs[0].to(run.device)
-            longest = torch.tensor([int(task.length_factor * len(s)) + EXTRA for s, _ in part], device=run.device)
-            found += beam_search(_decoder(model, source, task.beams), longest, task.beams)
+            longest = [int(task.length_factor * len(s)) + task.length_extra for s, _ in part]
+            bounds = torch.tensor(longest, device=run.device)
+            found += beam_search(_decoder(model, source, task.beams), bounds, task.beams)
     model.train()
     return found
 

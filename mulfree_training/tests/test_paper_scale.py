@@ -122,10 +122,15 @@ def test_trainings_are_the_papers(plans: dict[str, list[Config]]) -> None:
             ends = (o["lr"] * o["final"], o["lr"] * o["start"])
             assert ends == (pytest.approx(1e-5), pytest.approx(1e-6))  # timm does not scale them with the batch
             assert c["data"]["validation"] == 0 and task["evaluate"] == "test"
+            assert task["deit"] == {
+                "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "erasing": 0.25, "erasing_mode": "pixel",
+                "mixup": 0.8, "cutmix": 1.0,
+            }  # fmt: skip
     for c in plans["translation"]:
         task, o = c["task"], c["optimizer"]
         assert (task["steps"], task["batch_tokens"], task["label_smoothing"], task["beams"]) == (22_021, 4096, 0.1, 5)
-        assert (task["length_factor"], task["accumulate"]) == (1.2, 1)
+        assert (task["length_factor"], task["length_extra"], task["accumulate"]) == (1.2, 10, 1)
+        assert (task["select"], task["evaluate_every"]) == ("best", task["steps"] // 20)
         assert (o["lr"], o["weight_decay"], o["beta1"], o["beta2"], o["eps"]) == (5e-4, 1e-4, 0.9, 0.98, 1e-8)
         assert (o["warmup"], o["final"]) == (4000, 0)
     wanted = {
@@ -154,8 +159,9 @@ def test_arms_differ_in_arithmetic_alone_and_have_the_papers(plans: dict[str, li
         for arm, c in arms.items():
             a = c["arithmetic"]
             assert (a["kind"] == "pam") == (arm != "standard") and a["derivative"] == "approx" and a["alpha"] is None
-    scopes = [len(c["arithmetic"]["scope"]) for c in by_arm(plans, "translation").values()]
-    assert scopes == [0, 1, 2, 3, 4, 5]
+    rows = [c["arithmetic"] for c in by_arm(plans, "translation").values()]
+    assert [len(a["scope"]) for a in rows] == [0, 1, 2, 3, 4, 5]
+    assert [a["lse_log2"] for a in rows] == [None] * 4 + ["exact"] * 2
     arms = by_arm(plans, "convolution")
     for arm in [arm for arm in arms if not arm.endswith("_matmul")]:
         plain, pam = (
@@ -209,6 +215,8 @@ class FakeTimm:
     @staticmethod
     def create_transform(size: int, **options: Any) -> Callable[[Image.Image], torch.Tensor]:
         assert options["is_training"] and options["auto_augment"].startswith("rand-m9") and options["re_prob"] == 0.25
+        assert options["auto_augment"] == "rand-m9-mstd0.5-inc1"
+        assert (options["color_jitter"], options["re_mode"]) == (0.3, "pixel")
         assert options["interpolation"] == "bicubic" and len(options["mean"]) == len(options["std"]) == 3
 
         def transform(image: Image.Image) -> torch.Tensor:
@@ -306,6 +314,19 @@ def test_deit_mixes_pairs_and_leaves_the_global_generators_alone(paper: Any) -> 
         assert one.inputs[0].shape == (4, 3, 32, 32) and one.target.shape == (4, 1000)
         assert torch.allclose(one.target.sum(-1), torch.ones(4)) and (one.target.max(-1).values < 1).any()
     assert not torch.equal(first[0].inputs[0], first[1].inputs[0])  # each network has its own
+
+
+def test_the_augmentation_is_the_configs(paper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    fake = SimpleNamespace(
+        create_transform=lambda size, **options: seen.append(options), Mixup=lambda **options: seen.append(options)
+    )
+    monkeypatch.setattr("common.data.crops._timm", lambda: fake)
+    opened(paper("imagenet", "task.deit.erasing=0.5", "task.deit.auto_augment=null", "task.deit.mixup=0.2"))
+    assert (seen[0]["re_prob"], seen[0]["auto_augment"], seen[0]["color_jitter"]) == (0.5, None, 0.3)
+    assert (seen[1]["mixup_alpha"], seen[1]["cutmix_alpha"], seen[1]["num_classes"]) == (0.2, 1.0, 1000)
+    source = opened(paper("imagenet", "task.deit.mixup=0", "task.deit.cutmix=0"))
+    assert isinstance(source, Stream) and source.mix is None and len(seen) == 3
 
 
 def test_every_image_comes_once_an_epoch_in_a_new_order_and_no_crop_comes_twice(paper: Any) -> None:

@@ -15,7 +15,9 @@ from torch import nn
 from common.data.pairs import IGNORED as PAIRS_IGNORED
 from mulfree_training.config import ArithmeticConfig, OptimizerConfig
 from mulfree_training.functional import pam_cross_entropy
+from mulfree_training.networks.gpt import GPT
 from mulfree_training.networks.translation import Translation
+from mulfree_training.networks.vit import ViT
 from mulfree_training.optim import PAMSGD, PAMAdamW
 from mulfree_training.tasks.arithmetic import IGNORED, convert, loss_function, make_optimizer
 from mulfree_training.tasks.evaluation import accuracy, nll, temperature
@@ -156,6 +158,18 @@ def test_vectors_decay_where_wanted(decay_all: bool, decayed: int) -> None:
     optimizer = make_optimizer(model, OptimizerConfig(decay_all=decay_all, weight_decay=0.3), STANDARD)
     found = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
     assert found == ({0.3: 3} if decay_all else {0.3: 2, 0.0: 1}) and found[0.3] == decayed
+
+
+def test_class_token_and_positions_of_the_vit_decay_with_the_vectors() -> None:
+    for network in (ViT(d_model=8, n_layer=1, n_head=2, d_hidden=8), GPT(d_model=8, n_layer=1, n_head=2, d_hidden=8)):
+        names = {p: name for name, p in network.named_parameters()}
+        for decay_all in (True, False):
+            optimizer = make_optimizer(network, OptimizerConfig(decay_all=decay_all, weight_decay=0.3), STANDARD)
+            free = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+            vectors = {name for p, name in names.items() if p.dim() <= 1}
+            own = {"class_token", "position"} if isinstance(network, ViT) else set()
+            assert own <= set(names.values()) and free == (set() if decay_all else vectors | own)
+            assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
 def test_the_optimizer_is_piecewise_affine_within_its_scope() -> None:

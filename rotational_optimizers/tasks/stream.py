@@ -16,6 +16,7 @@ from torch import Tensor
 from common.data.crops import (
     Crop,
     CroppedImages,
+    DeiTConfig,
     Items,
     centre_crop,
     deit_crop,
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from rotational_optimizers.config import NetworkTaskConfig, TrialConfig
+
+DEIT = DeiTConfig("rand-m9-mstd0.5-inc1", color_jitter=0.3, erasing=0.25, mixup=0.8, cutmix=1.0)
+"""Touvron et al. 2021."""
 
 
 class _Order:
@@ -96,8 +100,8 @@ class ImageStream:
         self.order = _Order(rows, size, seeds, task, shard)
         self.middle = partial(centre_crop, size=task.image_size)
         plain = self.middle if task.augment == "none" else partial(random_crop, size=task.image_size)
-        self.crop: Crop = deit_crop(task.image_size, c.mean, c.std) if deit else plain
-        self.mix = deit_mix(c.classes) if deit else None
+        self.crop: Crop = deit_crop(task.image_size, c.mean, c.std, DEIT) if deit else plain
+        self.mix = deit_mix(c.classes, DEIT) if deit else None
         self._next = -1
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
 
