@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.figures import INK, bars_with_ci, interval, look, new, paired_dots
+from common.figures import INK, interval, look, new, paired_dots
 from common.pairing import Array, rows, values
 from mulfree_training.judging.samples import ACCURACY, FULL_NATS, FULL_POINTS, NATS, NLL, POINTS, gaps, pair
 from mulfree_training.names import ROWS, name
@@ -28,7 +27,7 @@ DOMAINS = (("vision", ACCURACY), ("language", NLL))
 
 
 def _line(ax: Axes, found: Array, place: float) -> None:
-    """Differences on one line: seeds as dots, mean and interval below them."""
+    """Numbers on one line: seeds as dots, mean and interval below them."""
     mean, low, high = interval(found)
     ax.plot(found, np.full(len(found), place - 0.15), linestyle="none", marker="o", markersize=3, color=INK, alpha=0.4)
     ax.errorbar(mean, place + 0.15, xerr=[[mean - low], [high - mean]], fmt="s", color=INK, capsize=3, markersize=4)
@@ -73,15 +72,15 @@ def rows_of_ablation(records: Records) -> Figure:
 
 
 def training_lengths(records: Records) -> Figure:
-    """Test loss after half and all of the steps."""
-    arms = ("standard", "matmul", "full")
-    figure, axes = new(1, 2, height=3.4)
-    for ax, experiment, title in zip(
-        axes, ("language_short", "language"), ("after half of the steps", "after all steps"), strict=True
-    ):
-        samples = [values(records[experiment], arm, NLL, mode="min") for arm in arms]
-        bars_with_ci(ax, ["float32", "matrix\nproducts", "no multi-\nplication"], samples, "test loss (nats)")
-        ax.set_xlabel(title)
+    """What piecewise affine arithmetic costs in language after the usual and after more steps."""
+    arms = ("matmul", "full")
+    figure, axes = new(1, 2, height=2.6)
+    for ax, experiment in zip(axes, ("language", "language_long"), strict=True):
+        frame = records[experiment]
+        _differences(ax, frame, arms, NLL)
+        _margins(ax, NLL, arms)
+        ax.set_title(f"{frame['task.steps'].iloc[0]:g} steps", loc="left")
+    axes[1].set_yticklabels([])
     return figure
 
 
@@ -105,33 +104,35 @@ def rules(records: Records) -> Figure:
 
 
 def constant(records: Records) -> Figure:
-    """What alpha changes."""
-    figure, axes = new(1, 2, height=2.6)
-    for ax, (experiment, metric) in zip(axes, DOMAINS, strict=True):
+    """What alpha changes, in accuracy and loss."""
+    figure, axes = new(1, 3, height=2.6)
+    panels = (("vision", ACCURACY), ("vision", NLL), ("language", NLL))
+    for ax, (experiment, metric) in zip(axes, panels, strict=True):
         for i, arm in enumerate(("matmul", "full")):
             _line(ax, gaps(records[experiment], f"{arm}_alpha", arm, metric).to_numpy(), i)
         bound = abs(MARGINS[metric][0])
         for edge in (-bound, bound):
             ax.axvline(edge, **MARGIN)
         ax.axvline(0, **EVEN)
-        ax.set_yticks([0, 1], ["matrix products", "everything"])
+        ax.set_yticks([0, 1], ["matrix products", "everything"] if ax is axes[0] else [])
         ax.set_ylim(1.5, -0.5)
         ax.set_xlabel(LABELS[metric].format("without"))
         ax.locator_params(axis="x", nbins=4)
         ax.set_title(experiment, loc="left")
-    axes[1].set_yticklabels([])
     return figure
 
 
 def baselines(records: Records) -> Figure:
     """Accuracy beside other ways to avoid multiplications."""
     frame = records["vision"]
-    arms = ("standard", "bf16", "matmul", "full", "power_of_two", "adder")
+    arms = ("standard", "bf16", "matmul", "matmul_own", "full", "full_own", "power_of_two", "adder")
     shown = [arm for arm in arms if (frame["arm"] == arm).any()]
-    figure, ax = new()
-    samples = [values(frame, arm, ACCURACY) for arm in shown]
-    bars_with_ci(ax, [textwrap.fill(name(arm), 14) for arm in shown], samples, "test accuracy (%)")
-    ax.tick_params(axis="x", labelsize=8)
+    figure, ax = new(height=3.9)
+    for i, arm in enumerate(shown):
+        _line(ax, values(frame, arm, ACCURACY), i)
+    ax.set_yticks(range(len(shown)), [name(arm) for arm in shown])
+    ax.set_ylim(len(shown) - 0.5, -0.5)
+    ax.set_xlabel("test accuracy (%)")
     return figure
 
 

@@ -8,6 +8,8 @@ ARM_NAMES = {
     "norm": "3 + layer norm",
     "loss": "4 + loss",
     "full": "5 + optimizer: no multiplication",
+    "matmul_own": "1, at its own rate",
+    "full_own": "5, at its own rate",
     "matmul_exact": "1, exact rule",
     "full_exact": "5, exact rule",
     "full_exact_but_loss": "5, exact rule but in the loss",

@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 Test = Callable[["Records"], Outcome]
 UNKNOWN = "not established"
 BANDS = "Bars: 95 % t interval of the mean over seeds; dots: seeds."
-ACCURACY, NLL = "test_accuracy", "test_nll"
+ACCURACY, NLL, BLEU = "test_accuracy", "test_nll", "test_bleu"
 POINTS, NATS = 1.5, 0.05
 """Loss of accuracy and of likelihood that does not count; fixed before any run."""
 FULL_POINTS, FULL_NATS = 2.0, 0.08
 """The same where nothing multiplies."""
+POINTS_OF_BLEU = 0.5
+"""Loss of a translation's score that does not count."""
 
 
 def unit(metric: str) -> str:
     """Of a metric's differences."""
-    return "points" if metric == ACCURACY else "nats"
+    return {ACCURACY: "points", BLEU: "BLEU"}.get(metric, "nats")
 
 
 def table(records: Records, experiment: str) -> pd.DataFrame:
@@ -45,7 +47,7 @@ def table(records: Records, experiment: str) -> pd.DataFrame:
 
 def pair(frame: pd.DataFrame, arm: str, other: str, metric: str) -> tuple[Array, Array]:
     """`metric` of two arms by seed, over the seeds that both have; a diverged run counts as the worst."""
-    mode: Literal["max", "min"] = "max" if metric == ACCURACY else "min"
+    mode: Literal["max", "min"] = "max" if metric in (ACCURACY, BLEU) else "min"
     return both(frame, arm, other, metric, mode=mode)
 
 
@@ -60,8 +62,9 @@ def _better(experiment: str, arm: str, other: str, metric: str, allowed: float, 
     """Accuracy of `arm` less that of `other` is above -allowed, or its loss less the other's is below allowed."""
 
     def test(records: Records) -> Outcome:
-        own, theirs = pair(table(records, experiment), arm, other, metric)
-        if metric == ACCURACY:
+        frame = table(records, experiment)
+        own, theirs = pair(frame, arm, other, metric)
+        if metric in (ACCURACY, BLEU):
             outcome = paired_greater(own, theirs, -allowed)
             words = f"difference > {-allowed if allowed else 0:g}"
         else:
@@ -73,15 +76,20 @@ def _better(experiment: str, arm: str, other: str, metric: str, allowed: float, 
         words = f"{word}paired one-sided t: {words}"
         # a mean of differences that cancel is 0, not a rounding
         outcome = replace(outcome, effect=round(outcome.effect, 12))
-        return replace(outcome, test=words, unit=unit(metric), detail=_levels(arm, own, other, theirs, metric))
+        return replace(outcome, test=words, unit=unit(metric), detail=_levels(frame, arm, other, metric))
 
     return test
 
 
-def _levels(arm: str, own: Array, other: str, theirs: Array, metric: str) -> str:
-    """Means of what was compared, in words."""
-    means = f"{name(arm)} {own.mean():.4g}; {name(other)} {theirs.mean():.4g}"
-    return f"{metric.replace('_', ' ')}: {means}"
+def _levels(frame: pd.DataFrame, arm: str, other: str, metric: str) -> str:
+    """Means of what was compared, and of the loss beside an accuracy, in words."""
+    words = []
+    for shown in dict.fromkeys((metric, *((NLL, f"{NLL}_tempered") if metric == ACCURACY else ()))):
+        if shown in frame:
+            own, theirs = pair(frame, arm, other, shown)
+            means = f"{name(arm)} {own.mean():.4g}, {name(other)} {theirs.mean():.4g}"
+            words.append(f"{shown.replace('_', ' ')}: {means}")
+    return "; ".join(words)
 
 
 def keeps(experiment: str, arm: str, metric: str, margin: float, baseline: str = "standard") -> Test:
@@ -98,15 +106,16 @@ def equals(experiment: str, arm: str, other: str, metric: str, margin: float) ->
     """The difference arm less other lies within `margin` on either side (TOST), paired over seeds."""
 
     def test(records: Records) -> Outcome:
-        own, theirs = pair(table(records, experiment), arm, other, metric)
+        frame = table(records, experiment)
+        own, theirs = pair(frame, arm, other, metric)
         outcome = equivalence(own - theirs, -margin, margin, unit=unit(metric))
-        return replace(outcome, detail=_levels(arm, own, other, theirs, metric))
+        return replace(outcome, detail=_levels(frame, arm, other, metric))
 
     return test
 
 
-def worsened(experiment: str, arms: tuple[str, ...], points: float = 8.0, nats: float = 1.0) -> Control:
-    """The arms lose accuracy, and their losses rise."""
+def worsened(experiment: str, arms: tuple[str, ...], points: float = 4.0, nats: float = 0.2) -> Control:
+    """The arms lose accuracy, and their losses rise, by at least twice the margins."""
 
     def apply(records: Records) -> Records:
         frame = records[experiment]
@@ -115,7 +124,7 @@ def worsened(experiment: str, arms: tuple[str, ...], points: float = 8.0, nats: 
             raise ValueError(f"worsened: arm {missing[0]!r} is not in experiment {experiment!r}")
         hit, changed = frame["arm"].isin(arms), {}
         for column in map(str, frame.columns):
-            if column == ACCURACY:
+            if column in (ACCURACY, BLEU):
                 changed[column] = frame[column] - hit * points
             elif column.startswith(NLL):
                 changed[column] = frame[column] + hit * nats

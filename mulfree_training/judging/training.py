@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from common.claims import Claim, chain
-from common.statistics import Outcome, every, mean_greater, mean_less
+from common.claims import Claim, chain, swap_arms
+from common.statistics import Outcome, every, mean_greater
 from mulfree_training import figures
 from mulfree_training.judging.samples import (
     ACCURACY,
     BANDS,
+    BLEU,
     FULL_NATS,
     FULL_POINTS,
     NATS,
     NLL,
     POINTS,
+    POINTS_OF_BLEU,
     UNKNOWN,
     Test,
     beats,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 SET_UP = "All arms share seeds, split, order of the data, initial weights and the hyper-parameters tuned for float32."
 VISION, LANGUAGE = "vision", "language"
-IMAGES = "ViT on 8x8 digits, 396 test images"
+IMAGES = "ViT on 8x8 digits, 395 test images, another split each seed"
 TEXT = "character GPT on English prose"
 
 
@@ -49,18 +51,6 @@ def calibration(experiment: str) -> Test:
         outcome = every(tests, ["the gap", "half of the gap less what is left"])
         words = f"{outcome.detail}; gap {gap.mean():.3f}, left with a temperature {left.mean():.3f} nats"
         return replace(outcome, detail=words)
-
-    return test
-
-
-def growth(arm: str) -> Test:
-    """The loss against float32 after all steps is less than `NATS` above that after half of them, paired by seed."""
-
-    def test(records: Records) -> Outcome:
-        late, early = (gaps(table(records, x), arm, "standard", NLL) for x in (LANGUAGE, "language_short"))
-        late, early = late.align(early, join="inner")
-        outcome = mean_less((late - early).to_numpy(), NATS, unit="nats")
-        return replace(outcome, detail=f"{name(arm)}: {early.mean():.3f} early, {late.mean():.3f} nats late")
 
     return test
 
@@ -83,19 +73,20 @@ CLAIMS = [
         note=SET_UP,
     ),
     Claim(
-        id="C1.growth",
-        title="The gap hardly grows with training",
-        statement="What piecewise affine arithmetic costs in language is hardly larger after twice the steps.",
-        source="ours: a short training might hide it",
+        id="C1.long",
+        title="A longer training keeps up",
+        statement="After half as many steps again piecewise affine arithmetic still costs little in language.",
+        source="ours: a short training might hide a gap",
         paper_value=UNKNOWN,
-        experiments=(LANGUAGE, "language_short"),
+        experiments=("language_long",),
         parts={
-            f"matrix products: grows by < {NATS} nats": growth("matmul"),
-            f"no multiplication: grows by < {NATS} nats": growth("full"),
+            f"matrix products: loses < {NATS} nats": keeps("language_long", "matmul", NLL, NATS),
+            f"no multiplication: loses < {FULL_NATS} nats": keeps("language_long", "full", NLL, FULL_NATS),
         },
-        control=worsened(LANGUAGE, ("matmul", "full")),
+        control=worsened("language_long", ("matmul", "full")),
         figure=figures.training_lengths,
-        caption=f"Test loss after 200 and 400 steps, each with a schedule of its own. {BANDS}",
+        caption=f"Test loss less that of float32 after 400 and 600 steps, each with a schedule of its own. {BANDS} "
+        "Dashed: the margin.",
     ),
     Claim(
         id="C2",
@@ -135,7 +126,8 @@ CLAIMS = [
     Claim(
         id="C4",
         title="Training without any multiplication works",
-        statement="With the optimizer replaced as well, training is free of multiplications and still works.",
+        statement="With the optimizer replaced as well, training is free of multiplications and still works (with the "
+        "approximate rule).",
         source="abstract; last row of the ablation",
         paper_value=UNKNOWN,
         experiments=(VISION, LANGUAGE),
@@ -160,9 +152,21 @@ CLAIMS = [
             "vision: approximate has the lower loss": beats(VISION, "full", "full_exact", NLL),
             "language: approximate has the lower loss": beats(LANGUAGE, "full", "full_exact", NLL),
         },
-        control=chain(worsened(VISION, ("full",)), worsened(LANGUAGE, ("full",))),
+        control=chain(swap_arms(VISION, "full", "full_exact"), swap_arms(LANGUAGE, "full", "full_exact")),
         figure=figures.rules,
         caption=f"Test loss less that of float32, paired by seed, left vision, right language. {BANDS}",
+    ),
+    Claim(
+        id="C5.accuracy",
+        title="The exact rule costs accuracy when nothing multiplies",
+        statement="In fully multiplication-free training the exact derivative gives a lower accuracy in vision than "
+        "the approximate one.",
+        source="ours: both rules are in the official code; the direction is that of an earlier run on other seeds",
+        paper_value=UNKNOWN,
+        experiments=(VISION,),
+        parts={"vision: approximate has the higher accuracy": beats(VISION, "full", "full_exact", ACCURACY)},
+        control=swap_arms(VISION, "full", "full_exact"),
+        caption="See the figure of C5.",
     ),
     Claim(
         id="C5.matmul",
@@ -181,8 +185,8 @@ CLAIMS = [
     Claim(
         id="C5.loss",
         title="The exact rule hurts in the loss",
-        statement="The exact rule descends the piecewise affine loss itself, whose optimum is not that of the "
-        "cross-entropy that is measured: with the approximate rule in the loss alone, it does better.",
+        statement="With the approximate rule in the loss alone, training with the exact rule ends in a better "
+        "likelihood.",
         source="ours: a reason for C5",
         paper_value=UNKNOWN,
         experiments=(VISION, LANGUAGE),
@@ -190,7 +194,10 @@ CLAIMS = [
             "vision: exact but in the loss is below exact": beats(VISION, "full_exact_but_loss", "full_exact", NLL),
             "language: exact but in the loss is below exact": beats(LANGUAGE, "full_exact_but_loss", "full_exact", NLL),
         },
-        control=chain(worsened(VISION, ("full_exact_but_loss",)), worsened(LANGUAGE, ("full_exact_but_loss",))),
+        control=chain(
+            swap_arms(VISION, "full_exact_but_loss", "full_exact"),
+            swap_arms(LANGUAGE, "full_exact_but_loss", "full_exact"),
+        ),
         caption="See the figure of C5.",
     ),
     Claim(
@@ -220,6 +227,8 @@ CLAIMS = [
                 VISION, "matmul_alpha", "matmul", ACCURACY, POINTS
             ),
             f"vision, everything: within {POINTS} points": equals(VISION, "full_alpha", "full", ACCURACY, POINTS),
+            f"vision, matrix products: within {NATS} nats": equals(VISION, "matmul_alpha", "matmul", NLL, NATS),
+            f"vision, everything: within {NATS} nats": equals(VISION, "full_alpha", "full", NLL, NATS),
             f"language, matrix products: within {NATS} nats": equals(LANGUAGE, "matmul_alpha", "matmul", NLL, NATS),
             f"language, everything: within {NATS} nats": equals(LANGUAGE, "full_alpha", "full", NLL, NATS),
         },
@@ -238,14 +247,14 @@ CLAIMS = [
         paper_value=UNKNOWN,
         experiments=(VISION,),
         parts={
-            "matrix products above AdderNet's": beats(VISION, "matmul", "adder", ACCURACY),
-            "no multiplication above AdderNet's": beats(VISION, "full", "adder", ACCURACY),
+            "matrix products above AdderNet's": beats(VISION, "matmul_own", "adder", ACCURACY),
+            "no multiplication above AdderNet's": beats(VISION, "full_own", "adder", ACCURACY),
         },
-        control=worsened(VISION, ("matmul", "full"), points=100.0),
+        control=swap_arms(VISION, "matmul_own", "adder"),
         figure=figures.baselines,
-        caption=f"Test accuracy on {IMAGES}. {BANDS}",
-        note="AdderNet's distances, each followed by a batch norm as its authors do, stand in the hidden layers only, "
-        "at the learning rate that suits them best.",
+        caption=f"Test accuracy, {IMAGES}. {BANDS}",
+        note="All at the learning rate that suits each best, from the same grid. AdderNet's distances, each followed "
+        "by a batch norm as its authors do, stand in the hidden layers only.",
     ),
     Claim(
         id="C10.power",
@@ -255,8 +264,8 @@ CLAIMS = [
         source="our baseline (DeepShift's idea)",
         paper_value=UNKNOWN,
         experiments=(VISION,),
-        parts={"matrix products above powers of two": beats(VISION, "matmul", "power_of_two", ACCURACY)},
-        control=worsened(VISION, ("matmul",), points=100.0),
+        parts={"matrix products above powers of two": beats(VISION, "matmul_own", "power_of_two", ACCURACY)},
+        control=swap_arms(VISION, "matmul_own", "power_of_two"),
         caption="See the figure of C10.",
     ),
     Claim(
@@ -301,7 +310,7 @@ CLAIMS = [
     Claim(
         id="C4.paper",
         title="Paper scale: IWSLT14 German-English, row by row",
-        statement="The translation transformer nearly keeps its likelihood through all rows of the ablation.",
+        statement="The translation transformer nearly keeps its likelihood and BLEU through all rows of the ablation.",
         source="ablation on IWSLT14",
         paper_value=UNKNOWN,
         experiments=("translation",),
@@ -310,9 +319,13 @@ CLAIMS = [
                 "translation", arm, NLL, FULL_NATS if arm == "full" else NATS
             )
             for arm in ROWS
+        }
+        | {
+            f"row {name(arm)}: loses < {POINTS_OF_BLEU} BLEU": keeps("translation", arm, BLEU, POINTS_OF_BLEU)
+            for arm in ROWS
         },
         control=worsened("translation", ROWS),
         scale_needed="paper",
-        note="BLEU is recorded too; the margin is in nats, as at laptop scale.",
+        note="Margins in nats are those of laptop scale, that in BLEU is ours.",
     ),
 ]

@@ -7,6 +7,8 @@ h.
 
 from __future__ import annotations
 
+import functools
+import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from common.streams import generator
 from common.training import setup
+from mulfree_training.arguments import Rule
 from mulfree_training.functional import pam_layer_norm, pam_softmax
 from mulfree_training.primitives import pam_mul
 from mulfree_training.products import pam_matmul
@@ -65,17 +68,17 @@ def standard(w: dict[str, Tensor]) -> Tensor:
     return (scores.softmax(-1) @ value).sum((1, 2))
 
 
-def piecewise(w: dict[str, Tensor]) -> Tensor:
-    """The same of piecewise affine operations, with the exact rule."""
+def piecewise(w: dict[str, Tensor], derivative: Rule) -> Tensor:
+    """The same of piecewise affine operations, with either rule."""
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return pam_matmul(a, b, derivative="exact")
+        return pam_matmul(a, b, derivative=derivative)
 
-    y = pam_layer_norm(product(w["x"], w["weight"]), w["x"].shape[-1:], derivative="exact")
-    y = pam_mul(y, w["gain"], derivative="exact") + w["bias"]
+    y = pam_layer_norm(product(w["x"], w["weight"]), w["x"].shape[-1:], derivative=derivative)
+    y = pam_mul(y, w["gain"], derivative=derivative) + w["bias"]
     query, key, value = (product(y, w[name]) for name in ("query", "key", "value"))
-    scores = product(pam_mul(query, query.shape[-1] ** -0.5, derivative="exact"), key.mT)
-    return product(pam_softmax(scores, derivative="exact"), value).sum((1, 2))
+    scores = product(pam_mul(query, query.shape[-1] ** -0.5, derivative=derivative), key.mT)
+    return product(pam_softmax(scores, derivative=derivative), value).sum((1, 2))
 
 
 def curvature(network: Any, line: Line, t: Tensor, h: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,8 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     setup(config.threads, config.device, seed=config.seed)
     task = config.task
     points = task.points if config.max_steps is None else min(task.points, SMALL)
-    network = piecewise if config.arithmetic.kind == "pam" else standard
+    rule = typing.cast(Rule, config.arithmetic.derivative)
+    network = functools.partial(piecewise, derivative=rule) if config.arithmetic.kind == "pam" else standard
     t = torch.linspace(-1, 1, points, dtype=torch.float64)
     middle = task.steps[len(task.steps) // 2]
     rows = []

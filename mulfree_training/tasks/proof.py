@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.1
 PLANTED_PTX = "mul.f32 %f1, %f2, %f3;\nfma.rn.f32 %f4, %f1, %f2, %f3;\ndiv.full.f32 %f5, %f4, %f1;\n"
+PLANTED_SASS = "/*0010*/ FMUL R1, R2, R3 ;\n/*0020*/ FFMA R4, R1, R2, R3 ;\n/*0030*/ MUFU.RCP R5, R4 ;\n"
+SASS = 90
+"""Target whose machine code is disassembled (H100); that of the others takes as long again each."""
+FEW = 3
+"""Kernels of it where measurements are cut short."""
 STEPS = 2
 """The second step of an optimizer is the usual one; the first makes its state."""
 
@@ -81,7 +86,7 @@ def step_findings(step: Callable[[], None]) -> Counter[str]:
     return Counter(found)
 
 
-def scans() -> dict[str, Any]:
+def scans(few: bool = False) -> dict[str, Any]:
     """Multiplying instructions in the compiled kernels and in planted ones, where there is a compiler and Triton."""
     row: dict[str, Any] = {}
     if native.compiler("c++"):
@@ -90,11 +95,16 @@ def scans() -> dict[str, Any]:
         row["machine_instructions"] = sum(scan.instructions for scan in machine.values())
         row["planted_machine"] = len(scan_control().findings)
     if importlib.util.find_spec("triton"):
-        from mulfree_training.kernels import ptx
+        from mulfree_training.kernels import aot, ptx
 
         kernels = ptx.scan_kernels(machine=False, workers=1)
         row |= {"ptx_findings": sum(len(scan.findings) for scan in kernels), "ptx_kernels": len(kernels)}
         row["planted_ptx"] = len(ptx.scan_ptx(PLANTED_PTX))
+        codes = [ptx.machine_code(ptx.compiled(x, SASS).asm["cubin"]) for x in aot.KERNELS[: FEW if few else None]]
+        disassembled = [ptx.scan_machine_code(code) for code in codes if code is not None]
+        if len(disassembled) == len(codes):
+            row |= {"sass_findings": sum(map(len, disassembled)), "sass_kernels": len(codes)}
+            row["planted_sass"] = len(ptx.scan_machine_code(PLANTED_SASS))
     return row
 
 
@@ -104,8 +114,9 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
     Returns:
         One dict a seed: `findings`, multiplying operations of two whole steps, and `found`, them by name;
         `planted_backward`, those found more when one is planted in the backward pass; `energy_uj_<kind>` of one step
-        and `cost_ratio_<what>`; with `task.kernels` also `machine_findings` and `ptx_findings` in the compiled kernels,
-        and `planted_machine` and `planted_ptx`, those found where some were planted.
+        and `cost_ratio_<what>`; with `task.kernels` also those in the compiled kernels, `machine_findings` in C++,
+        `ptx_findings` and, for one GPU, `sass_findings`, and `planted_machine`, `planted_ptx` and `planted_sass`, those
+        found where some were planted.
     """
     setup(config.threads, config.device, seed=config.seed)
     inputs, target = batch_of(config)
@@ -117,5 +128,5 @@ def run(config: TrialConfig, trial: Trial) -> list[dict[str, Any]]:
         row |= {"planted_backward": planted.total() - found.total()}
         counts = operation_count(step_of(config, seed, inputs, target))
         row |= cost(counts) | ratios(counts)
-        rows.append(row | (scans() if config.task.kernels else {}))
+        rows.append(row | (scans(config.max_steps is not None) if config.task.kernels else {}))
     return rows

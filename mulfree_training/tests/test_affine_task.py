@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_slopes_run_through_inputs_and_weights() -> None:
 
 def test_both_networks_are_the_same_but_for_the_arithmetic() -> None:
     line, t = draw(0, TASK), torch.linspace(-1, 1, 50, dtype=torch.float64)
-    a, b = standard(line.at(t)), piecewise(line.at(t))
+    a, b = standard(line.at(t)), piecewise(line.at(t), "exact")
     assert a.shape == b.shape == (50,) and not torch.equal(a, b)
     assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.95
     scale = torch.linalg.norm(a)
@@ -70,15 +71,15 @@ def test_both_networks_are_the_same_but_for_the_arithmetic() -> None:
 
 def test_points_do_not_see_each_other() -> None:
     line, t = draw(1, TASK), torch.linspace(-1, 1, 7, dtype=torch.float64)
-    for network in (standard, piecewise):
+    for network in (standard, partial(piecewise, derivative="exact")):
         alone = torch.cat([network(line.at(x[None])) for x in t])
         assert torch.allclose(network(line.at(t)), alone, rtol=1e-12)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Three seeds and all points of both arms."""
-    words = {"standard": [], "pam": PAM}
+    """Three seeds and all points of all arms."""
+    words = {"standard": [], "pam": PAM, "pam_approx": PAM[:1]}
     return {
         arm: run(tmp_path_factory.mktemp(arm), config(*FAST, *own, "seed=10", "n_seeds=3"))[0]
         for arm, own in words.items()
@@ -91,6 +92,8 @@ def test_the_piecewise_affine_network_has_no_curvature_but_kinks(rows: dict[str,
         assert own["affine_1e-07"] > own["affine_1e-06"] > 0.5 > other["affine_1e-06"]
         assert other["curvature_1e-05"] > 5 * other["curvature_1e-06"] > 25 * other["curvature_1e-07"]
         assert 0.6 < own["gradient_right"] <= 1 and other["gradient_right"] > 0.9
+    for own, other in zip(rows["pam"], rows["pam_approx"], strict=True):
+        assert other == own | {"gradient_right": 0}  # the same function, and nowhere its slope
     assert [row["seed"] for row in rows["pam"]] == [10, 11, 12]
     assert len({row["curvature_1e-06"] for row in rows["pam"]}) == 3
 

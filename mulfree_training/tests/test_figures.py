@@ -89,7 +89,7 @@ def test_rows_are_differences_from_float32_beside_their_margins(laptop: FakeReco
     assert ticks(left) == [name(arm) for arm in arms]
     for i, arm in enumerate(arms):
         assert drawn(left, i) == pytest.approx(differences(laptop, "vision", arm, "standard", ACCURACY))
-        if arm != "bf16":  # not run in language
+        if arm in ROWS:  # the others are not run in language
             assert drawn(right, i) == pytest.approx(differences(laptop, "language", arm, "standard", NLL))
     for ax, usual, full in ((left, -1.5, -2.0), (right, 0.05, 0.08)):
         margins = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"}
@@ -114,29 +114,31 @@ def test_rules_are_losses_less_those_of_float32(laptop: FakeRecords) -> None:
 
 def test_alpha_is_compared_with_the_same_arm_without(laptop: FakeRecords) -> None:
     axes = figures.constant(laptop).axes  # type: ignore[arg-type]
-    for ax, experiment, metric, bound in zip(axes, ("vision", "language"), (ACCURACY, NLL), (1.5, 0.05), strict=True):
+    panels = (("vision", ACCURACY, 1.5), ("vision", NLL, 0.05), ("language", NLL, 0.05))
+    for ax, (experiment, metric, bound) in zip(axes, panels, strict=True):
         for i, arm in enumerate(("matmul", "full")):
             assert drawn(ax, i) == pytest.approx(differences(laptop, experiment, f"{arm}_alpha", arm, metric))
         edges = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
         assert edges == [-bound, bound]
 
 
-def heights(ax: Axes) -> list[float]:
-    return [float(patch.get_height()) for patch in ax.patches]  # type: ignore[attr-defined]
-
-
-def test_lengths_and_baselines_are_means_over_seeds(laptop: FakeRecords) -> None:
+def test_lengths_are_differences_from_float32(laptop: FakeRecords) -> None:
     axes = figures.training_lengths(laptop).axes  # type: ignore[arg-type]
-    for ax, experiment in zip(axes, ("language_short", "language"), strict=True):
-        means = laptop[experiment].groupby("arm")[NLL].mean()
-        assert heights(ax) == pytest.approx(means[["standard", "matmul", "full"]].tolist())
-    means = laptop["vision"].groupby("arm")[ACCURACY].mean()
-    arms = ["standard", "bf16", "matmul", "full", "power_of_two", "adder"]
+    for ax, experiment, steps in zip(axes, ("language", "language_long"), (400, 600), strict=True):
+        for i, arm in enumerate(("matmul", "full")):
+            assert drawn(ax, i) == pytest.approx(differences(laptop, experiment, arm, "standard", NLL))
+        assert ax.get_title(loc="left") == f"{steps} steps"
+        assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [0.05, 0.08]
+
+
+def test_baselines_are_shown_seed_by_seed(laptop: FakeRecords) -> None:
+    arms = ["standard", "bf16", "matmul", "matmul_own", "full", "full_own", "power_of_two", "adder"]
     for records, shown in ((laptop, arms), (changed(laptop, "vision", without("adder")), arms[:-1])):
         (ax,) = figures.baselines(records).axes  # type: ignore[arg-type]
-        assert heights(ax) == pytest.approx(means[shown].tolist())
-        labels = [tick.get_text().replace("\n", " ") for tick in ax.get_xticklabels()]
-        assert labels == [name(arm) for arm in shown]
+        assert ticks(ax) == [name(arm) for arm in shown]
+        for i, arm in enumerate(shown):
+            frame = records["vision"]
+            assert drawn(ax, i) == frame[frame["arm"] == arm][ACCURACY].tolist()
 
 
 def test_convolution_joins_both_arms_of_a_seed(laptop: FakeRecords) -> None:
