@@ -153,6 +153,10 @@ def _softmax(scores: Tensor, masked: bool) -> Tensor:
 class PAMAttention(Arithmetic, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with piecewise affine arithmetic: same constructor, state dict and call.
 
+    In an nn.TransformerEncoderLayer it may take the place of `self_attn`, or be made there by
+    `convert_to_mulfree(layer.self_attn)`: PyTorch's fused inference path, which would go round it, is then off. That
+    path does not ask what `linear1` and `linear2` are: for these call `convert_to_mulfree` on the whole layer.
+
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             `nn.MultiheadAttention`.
@@ -198,10 +202,17 @@ class PAMAttention(Arithmetic, nn.MultiheadAttention):
         )
         self.set_arithmetic(derivative=derivative, alpha=alpha, backend=backend)
         self.products, self.normaliser = products, normaliser
+        self._qkv_same_embed_dim = False  # PyTorch's fused encoder layer takes the weights of attention that says True
         if products == "pam":
             out = PAMLinear(embed_dim, embed_dim, bias, "meta", **self.arithmetic)
             out.weight, out.bias = self.out_proj.weight, self.out_proj.bias  # as PyTorch has initialised them
             self.out_proj = out  # type: ignore[assignment]
+
+    def _reset_parameters(self) -> None:
+        """As PyTorch's, which asks `_qkv_same_embed_dim` which projections there are."""
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
 
     def forward(
         self,
@@ -230,8 +241,13 @@ class PAMAttention(Arithmetic, nn.MultiheadAttention):
             Output in query's shape, and the weights (B, L, S), or (B, num_heads, L, S) without averaging, or None.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or a nested tensor.
         """
+        if query.is_nested:
+            raise ValueError(
+                "query is a nested tensor: must be an ordinary one; for an nn.TransformerEncoder around this module set"
+                " its use_nested_tensor=False, or call convert_to_mulfree on all of it"
+            )
         batched = query.dim() == 3
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))

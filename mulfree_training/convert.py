@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import fnmatch
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mulfree_training.arguments import Rule
 from mulfree_training.attention import Kind, PAMAttention
-from mulfree_training.inspection import from_pytorch, multiplications, why_it_multiplies
+from mulfree_training.inspection import (
+    adds_nothing,
+    operators,
+    unread_hooks,
+    why_hidden,
+    why_it_multiplies,
+    why_its_forward_does,
+)
 from mulfree_training.modules import (
     PAMGELU,
     Arithmetic,
@@ -54,9 +63,9 @@ class Report:
     converted: dict[str, str] = field(default_factory=dict)
     """Path -> "Linear -> PAMLinear"."""
     left: dict[str, str] = field(default_factory=dict)
-    """Path of a module that multiplies -> why it was not converted."""
+    """Path of a module that multiplies, in full or in its own forward or hooks -> why it was not converted."""
     warnings: list[str] = field(default_factory=list)
-    """Places in the code of modules that may multiply: they were not run, only read."""
+    """Operators in the code of modules, which multiply if they get floats: it was not run, only read."""
 
     def __str__(self) -> str:
         rows = [("converted", path, what) for path, what in self.converted.items()]
@@ -80,22 +89,26 @@ def convert_to_mulfree(
 ) -> Report:
     """Convert a network in place.
 
-    By type: nn.Linear, Conv1d, Conv2d and the products of nn.MultiheadAttention ("matmul"); nn.Softmax, LogSoftmax,
-    Dropout and the scaling, softmax and dropout of nn.MultiheadAttention ("softmax"); nn.LayerNorm ("norm"); nn.GELU
-    ("activation"). Of transformers also Conv1D, the variants of GELU, and all attention that goes through its
-    `AttentionInterface`. PyTorch's fused inference paths, which would go round converted modules, are switched off in
-    the nn.TransformerEncoder around them. Converting again changes nothing, but a wider scope converts what it adds.
+    By type, and by subclasses that add nothing but a constructor: nn.Linear, Conv1d, Conv2d and the products of
+    nn.MultiheadAttention ("matmul"); nn.Softmax, LogSoftmax, Dropout and the scaling, softmax and dropout of
+    nn.MultiheadAttention ("softmax"); nn.LayerNorm ("norm"); nn.GELU ("activation"). Of transformers also Conv1D, the
+    variants of GELU, and all attention that goes through its `AttentionInterface`, unless it wants what "pam" has not
+    (soft caps, sinks, sparse selection). A model of transformers gets its own copy of its configuration. PyTorch's
+    fused inference paths, which would go round converted modules, are switched off in the nn.TransformerEncoder around
+    them. Converting again changes nothing, but a wider scope converts what it adds.
 
     Args:
         model: any module; it may itself be of a type that is converted.
         scope: words out of `SCOPE`.
         derivative, alpha, backend: of all converted modules; see `primitives`.
-        skip: patterns (of `fnmatch`) of dotted paths; a module that fits stays as it is, with all below it.
+        skip: patterns (of `fnmatch`) of dotted paths; a module that fits stays as it is, with all below it. A shared
+            module has several paths, and one that fits is enough.
         strict: refuse to leave anything that multiplies, skipped and outside the scope included; nothing is converted
             then.
 
     Returns:
-        The report. Only modules are converted: what a `forward` multiplies itself is at best in the warnings. Proof is
+        The report. Only modules are converted: what a `forward` or a hook multiplies itself is left if its source names
+        a function that multiplies, and in the warnings if it has an operator that may. Proof is
         `proof.forbid_multiplications`.
 
     Raises:
@@ -109,13 +122,16 @@ def convert_to_mulfree(
     if not words or not set(words) <= set(SCOPE):
         raise ValueError(f"scope={words}: must be some of {', '.join(SCOPE)}")
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
-    paths = [path for path, _ in model.named_modules()]
+    paths = dict(model.named_modules(remove_duplicate=False))
+    skipped: set[int] = set()
     for pattern in patterns:
-        if not fnmatch.filter(paths, pattern):
-            raise ValueError(f"skip={pattern!r}: must fit the path of a module, such as {paths[-1]!r}")
+        fitting = [module for path, module in paths.items() if fnmatch.fnmatchcase(path, pattern)]
+        if not fitting:
+            raise ValueError(f"skip={pattern!r}: must fit the path of a module, such as {list(paths)[-1]!r}")
+        skipped |= {id(below) for module in fitting for below in module.modules()}
     options: dict[str, Any] = {"derivative": derivative, "alpha": alpha, "backend": backend}
     Arithmetic().set_arithmetic(**options)  # refuses bad ones before anything is done
-    plan = _Plan(frozenset(words), options, patterns)
+    plan = _Plan(frozenset(words), options, skipped)
     plan.visit("", model)
     if strict and plan.report.left:
         listed = "; ".join(f"{path or '(the model)'}: {why}" for path, why in plan.report.left.items())
@@ -128,12 +144,13 @@ def convert_to_mulfree(
 class _Plan:
     """What will be changed: all is looked at before anything is touched."""
 
-    def __init__(self, scope: frozenset[str], options: dict[str, Any], skip: tuple[str, ...]) -> None:
-        self.scope, self.options, self.skip = scope, options, skip
+    def __init__(self, scope: frozenset[str], options: dict[str, Any], skipped: set[int]) -> None:
+        self.scope, self.options, self.skipped = scope, options, skipped
         self.report = Report()
         self.changes: list[Callable[[], None]] = []
         self._seen: set[int] = set()
         self._warned: set[type] = set()
+        self._copies: dict[int, Any] = {}  # of configurations, for `huggingface.switch`
         self._kinds = dict(KINDS)
         self._hub: Any = None
         if "transformers" in sys.modules:  # a model of it cannot exist before its import
@@ -148,17 +165,27 @@ class _Plan:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        if self._skips(path):
+        if id(module) in self.skipped:
             self.report.left[path] = "skipped"
             return
         before = len(self.changes)
-        if isinstance(module, nn.MultiheadAttention):
+        attention, arithmetic = isinstance(module, nn.MultiheadAttention), isinstance(module, Arithmetic)
+        if unread_hooks(module):
+            self.report.warnings.append(f"{path or '(the model)'}: hooks of {type(module).__name__} cannot be read")
+        if type(module).__module__.startswith("torch.ao.nn."):
+            self.report.left[path] = f"{type(module).__name__} of torch.ao, quantised arithmetic"
+            return
+        if not (arithmetic and "forward" in vars(module)) and (why := why_hidden(module)):
+            self.report.left[path] = why
+            if attention or arithmetic:
+                return
+        elif isinstance(module, nn.MultiheadAttention):
             if not self._attention(path, module):
                 return  # an ordinary one does not call its children
-        elif isinstance(module, Arithmetic):
+        elif arithmetic:
             return
-        elif type(module) in self._kinds:
-            self._layer(path, module)
+        elif kind := self._kind(module):
+            self._layer(path, module, kind)
             return
         elif base := next((kind for kind in self._kinds if isinstance(module, kind)), None):
             self.report.left[path] = f"{type(module).__name__}, a {base.__name__} with code of its own"
@@ -168,18 +195,23 @@ class _Plan:
             self.report.left[path] = why
         else:
             self._read(path, module)
-        if self._hub and isinstance(module, self._hub.PreTrainedModel) and not in_hub_model:
-            self._hub_attention(path, module)
-            in_hub_model = True
+        if self._hub and not in_hub_model:
+            if isinstance(module, self._hub.PreTrainedModel):
+                self._hub_attention(path, module)
+                in_hub_model = True
+            elif self._hub.reads_interface(type(module)) and not hasattr(module, "pam_options"):
+                self.report.left[path] = f"{type(module).__name__}, attention of a model; convert the whole model"
         for name, child in module.named_children():
             self.visit(_join(path, name), child, in_hub_model)
         self._fused(path, module, len(self.changes) > before)
 
-    def _skips(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.skip)
+    def _kind(self, module: nn.Module) -> type[nn.Module] | None:
+        """Which key of the table a module is."""
+        bases = (kind for kind in self._kinds if isinstance(module, kind))
+        return next((base for base in bases if adds_nothing(type(module), base)), None)
 
-    def _layer(self, path: str, module: nn.Module) -> None:
-        word, kind = self._kinds[type(module)]
+    def _layer(self, path: str, module: nn.Module, base: type[nn.Module]) -> None:
+        word, kind = self._kinds[base]
         if word not in self.scope:
             self.report.left[path] = f"{type(module).__name__}, {OUTSIDE}"
         elif isinstance(module, (nn.Softmax, nn.LogSoftmax)) and module.dim is None:
@@ -204,7 +236,7 @@ class _Plan:
 
     def _attention(self, path: str, module: nn.MultiheadAttention) -> bool:
         """Plan for an attention layer; will it be one of ours?"""
-        if type(module) not in (nn.MultiheadAttention, PAMAttention):
+        if type(module) is not PAMAttention and not adds_nothing(type(module), nn.MultiheadAttention):
             self.report.left[path] = f"{type(module).__name__}, a MultiheadAttention with code of its own"
             return False
         had: tuple[Kind, Kind] = ("standard", "standard")
@@ -215,7 +247,9 @@ class _Plan:
         if wanted == had:
             return isinstance(module, PAMAttention)
         note = f" (products {wanted[0]}, normaliser {wanted[1]})"
-        self._change(path, module, PAMAttention, note, products=wanted[0], normaliser=wanted[1])
+        # without the last, PyTorch's fused encoder layer would take the weights and go round this module
+        values = {"products": wanted[0], "normaliser": wanted[1], "_qkv_same_embed_dim": False}
+        self._change(path, module, PAMAttention, note, **values)
         return True
 
     def _note_ordinary(self, path: str, kinds: tuple[Kind, Kind]) -> None:
@@ -232,7 +266,7 @@ class _Plan:
                 self.report.converted[_join(path, "activation")] = "gelu -> PAMGELU"
                 self.changes.append(lambda: setattr(module, "activation", gelu))
                 changed = True
-            elif not isinstance(function, nn.Module) and function is not F.relu:
+            elif not isinstance(function, nn.Module) and function not in (F.relu, torch.relu):
                 name = getattr(function, "__name__", repr(function))
                 self.report.left[_join(path, "activation")] = f"function {name}" + (
                     f", {OUTSIDE}" if function is F.gelu else ""
@@ -249,40 +283,57 @@ class _Plan:
         if not found:
             return
         self.report.warnings.append(f"{path or '(the model)'}: a loss computed inside (labels=…) is an ordinary one")
-        now = model.config._attn_implementation
-        if not self.scope & {"matmul", "softmax"} and now != self._hub.NAME:
-            self.report.left[path] = f"attention of {type(model).__name__}, {OUTSIDE}"
-            return
-        if not model._can_set_attn_implementation():
-            self.report.left[path] = f"attention of {type(model).__name__}, not through AttentionInterface"
-            return
-        for place, module in found:
-            ancestors = [place.rsplit(".", n)[0] for n in range(place.count(".") + 1)]
-            options = getattr(module, "pam_options", None)
+        groups: dict[int, list[tuple[str, Any]]] = defaultdict(list)
+        for place, module in found:  # all modules of one configuration have one attention function
+            groups[id(module.config)].append((place, module))
+        switched: list[nn.Module] = []
+        for members in groups.values():
+            now = members[0][1].config._attn_implementation
+            if not self.scope & {"matmul", "softmax"}:
+                if now != self._hub.NAME:
+                    self.report.left[path] = f"attention of {type(model).__name__}, {OUTSIDE}"
+            elif self._hub_group(members, now) and now != self._hub.NAME:
+                switched += [module for _, module in members]
+        if switched:
+            self.changes.append(lambda: self._hub.switch(model, switched, self._copies))
+
+    def _hub_group(self, members: list[tuple[str, Any]], now: str) -> bool:
+        """Plan for attention modules of one configuration; shall "pam" be their function?"""
+        taken = [(place, module) for place, module in members if id(module) not in self.skipped]
+        reasons = {place: why for place, module in taken if (why := self._hub.why_unsupported(module))}
+        if reasons:
+            for place, module in taken:
+                why = reasons.get(place, f"one configuration with {next(iter(reasons))}, which must be left")
+                self.report.left[place] = f"{type(module).__name__}, {why}"
+        if reasons or not taken:
+            return False
+        for place, module in members:
+            options = getattr(module, "pam_options", None) if now == self._hub.NAME else None
             had: tuple[Kind, Kind] = ("standard", "standard")
-            if now == self._hub.NAME:
-                had = (options or self._hub.DEFAULTS)["products"], (options or self._hub.DEFAULTS)["normaliser"]
-            skipped = any(self._skips(p) for p in ancestors)
-            wanted = had if skipped else self._wanted(had)
-            if not skipped:
-                self._note_ordinary(place, wanted)
-            if wanted == had and (skipped or now == self._hub.NAME):
-                settings = {**(options or self._hub.DEFAULTS), "products": had[0], "normaliser": had[1]}
+            if options:
+                had = options["products"], options["normaliser"]
+            settings = {**self._hub.DEFAULTS, "products": had[0], "normaliser": had[1]}
+            if id(module) in self.skipped:
+                if now == self._hub.NAME:
+                    continue
             else:
+                wanted = self._wanted(had)
+                self._note_ordinary(place, wanted)
+                if wanted == had:
+                    continue
                 settings = {"products": wanted[0], "normaliser": wanted[1], **self.options}
                 note = f"(products {wanted[0]}, normaliser {wanted[1]})"
                 self.report.converted[place] = f"{type(module).__name__}: {now} -> {self._hub.NAME} {note}"
-            self.changes.append(lambda m=module, s=settings: setattr(m, "pam_options", s))  # type: ignore[misc]
-        if now != self._hub.NAME:
-            self.changes.append(self._hub.register_transformers)
-            self.changes.append(lambda: model.set_attn_implementation(self._hub.NAME))
+            chosen = self._hub.Options(settings)
+            self.changes.append(lambda m=module, s=chosen: setattr(m, "pam_options", s))  # type: ignore[misc]
+        return True
 
     def _read(self, path: str, module: nn.Module) -> None:
-        """Warn, once a class, of what its own code may multiply."""
-        if type(module) in self._warned or from_pytorch(module):
-            return
-        self._warned.add(type(module))
-        if seen := multiplications(type(module)):
+        """List a module whose own code multiplies; warn, once a class, of one that may."""
+        if why := why_its_forward_does(module):
+            self.report.left[path] = why
+        if type(module) not in self._warned and (seen := operators(module)):
+            self._warned.add(type(module))
             self.report.warnings.append(f"{path or '(the model)'}: forward of {type(module).__name__} has {seen}")
 
 

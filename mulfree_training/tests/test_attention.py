@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mulfree_training.attention import PAMAttention, pam_attention
+from mulfree_training.convert import convert_to_mulfree
 from mulfree_training.functional import pam_softmax
 from mulfree_training.primitives import pam_div, pam_mul
 from mulfree_training.products import pam_linear, pam_matmul
@@ -345,3 +346,29 @@ def test_the_module_refuses():
         module(q, k[0], v)
     with pytest.raises(ValueError, match="must have one length, and the batch of"):
         module(q, k, v[:, 1:])
+
+
+@pytest.mark.parametrize("place", ["by hand", "converted"])
+def test_pytorchs_fused_encoder_does_not_go_round_it(place):
+    layer = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True).eval()
+    if place == "converted":
+        convert_to_mulfree(layer.self_attn)
+    else:
+        layer.self_attn = PAMAttention(E, 2, batch_first=True).eval()
+    x, padding = normal(B, L, E), torch.arange(L)[None] >= torch.tensor([[L], [L - 2]])
+    net = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    for call in (lambda: layer(x), lambda: net(x, src_key_padding_mask=padding)):
+        expected = call().detach()  # with gradients PyTorch never takes the fused path
+        with torch.no_grad():
+            assert same_bits(call(), expected)
+    with torch.no_grad(), pytest.raises(ValueError, match="nested tensor: .* set its use_nested_tensor=False"):
+        layer.self_attn(*(torch.nested.nested_tensor([x[0], x[1, :2]]),) * 3)
+
+
+def test_parameters_are_reset_as_pytorch_does():
+    for options in MODULES:
+        theirs, ours = modules(options)
+        for module in (theirs, ours):
+            torch.manual_seed(3)
+            module._reset_parameters()
+        assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
