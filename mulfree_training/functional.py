@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mulfree_training.arguments import Rule, check_dtype, in_single, is_exact
-from mulfree_training.autograd import OfOne
+from mulfree_training.autograd import OfOne, once_differentiable
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 from mulfree_training.primitives import pam_div, pam_mul
@@ -30,9 +29,9 @@ class _Softmax(OfOne):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         shift, exact, backend = ctx.rest
-        return ops.softmax_grad(grad, *ctx.saved_tensors, shift, exact, backend), None, None, None
+        return ops.softmax_grad(grad, *saved, shift, exact, backend), None, None, None
 
 
 class _LogSoftmax(OfOne):
@@ -42,8 +41,8 @@ class _LogSoftmax(OfOne):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ops.log_softmax_grad(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ops.log_softmax_grad(grad, *saved, *ctx.rest), None, None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -64,8 +63,8 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gx, gw = ops.layer_norm_grad(grad, *ctx.saved_tensors, *ctx.rest)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        gx, gw = ops.layer_norm_grad(grad, *saved, *ctx.rest)
         gb = grad.sum(0) if ctx.bias else None
         return gx, None if gw is None else gw.sum(0), gb, None, None, None, None
 
@@ -189,6 +188,9 @@ def pam_cross_entropy(
     backend: str = "",
 ) -> Tensor:
     """Cross-entropy of class indices with piecewise affine log-softmax, weights and mean.
+
+    In contrast to `F.cross_entropy` there are no class weights, options go by keyword, and label smoothing is by
+    default fairseq's, which leaves the target out of those that share epsilon; `smoothing="torch"` is PyTorch's.
 
     Args:
         input: logits (B, V) or (B, V, …), float32, bfloat16 or float64.

@@ -1,7 +1,8 @@
 """PyTorch's layers with piecewise affine arithmetic: same constructors, same state dicts, weights load both ways.
 
 Every module takes, as keywords, `derivative` (`approx` or `exact`), `alpha` (the compensation constant of section 2.7)
-and `backend` (forces a face); see `primitives`. `convert` turns the layers of an existing network into these.
+and `backend` (forces a face); see `primitives`. Under `torch.autocast` parameters follow the dtype of the input.
+`convert` turns the layers of an existing network into these.
 """
 
 from __future__ import annotations
@@ -64,6 +65,17 @@ class Arithmetic(nn.Module):
         return ", ".join(filter(None, shown))
 
 
+def _cast(input: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """Parameters in the input's dtype where autocast is on: what comes from an ordinary layer is bfloat16 there.
+
+    Their gradients are in their own dtype.
+    """
+    on = isinstance(input, Tensor) and torch.amp.is_autocast_available(input.device.type)
+    if not on or not input.is_floating_point() or not torch.is_autocast_enabled(input.device.type):
+        return parameters
+    return tuple(x if x is None else x.to(input.dtype) for x in parameters)
+
+
 class PAMLinear(Arithmetic, nn.Linear):
     """`nn.Linear` with PAM: (…, in_features) -> (…, out_features).
 
@@ -92,7 +104,8 @@ class PAMLinear(Arithmetic, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
-        return pam_linear(input, self.weight, self.bias, **self.arithmetic)
+        weight, bias = _cast(input, self.weight, self.bias)
+        return pam_linear(input, weight, bias, **self.arithmetic)
 
 
 class PAMConv1d(Arithmetic, nn.Conv1d):
@@ -117,8 +130,9 @@ class PAMConv1d(Arithmetic, nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, L) or (C, L) -> (B, C', L') or (C', L')."""
         x, (padding,) = _padded(self, input if input.dim() == 3 else input[None])
+        weight, bias = _cast(x, self.weight, self.bias)
         out = pam_conv2d(
-            x[:, :, None], self.weight[:, :, None], self.bias, stride=(1, self.stride[0]), padding=(0, padding),
+            x[:, :, None], weight[:, :, None], bias, stride=(1, self.stride[0]), padding=(0, padding),
             dilation=(1, self.dilation[0]), groups=self.groups, **self.arithmetic,
         )  # fmt: skip
         out = out[:, :, 0].contiguous()
@@ -147,8 +161,9 @@ class PAMConv2d(Arithmetic, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) or (C, H, W) -> (B, C', H', W') or (C', H', W')."""
         x, padding = _padded(self, input if input.dim() == 4 else input[None])
+        weight, bias = _cast(x, self.weight, self.bias)
         out = pam_conv2d(
-            x, self.weight, self.bias, stride=_two(self.stride), padding=_two(padding),
+            x, weight, bias, stride=_two(self.stride), padding=_two(padding),
             dilation=_two(self.dilation), groups=self.groups, **self.arithmetic,
         ).contiguous()  # fmt: skip
         return out if input.dim() == 4 else out[0]
@@ -193,7 +208,8 @@ class PAMLayerNorm(Arithmetic, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, *normalized_shape), the same out."""
-        return pam_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **self.arithmetic)
+        weight, bias = _cast(input, self.weight, self.bias)
+        return pam_layer_norm(input, self.normalized_shape, weight, bias, self.eps, **self.arithmetic)
 
 
 class PAMSoftmax(Arithmetic, nn.Softmax):
@@ -275,11 +291,14 @@ class PAMGELU(Arithmetic):
 class PAMCrossEntropy(Arithmetic):
     """`nn.CrossEntropyLoss` of class indices; see `functional.pam_cross_entropy`.
 
+    In contrast to `nn.CrossEntropyLoss` there are no class weights, all options go by keyword, and label smoothing is
+    by default fairseq's, which leaves the target out of those that share epsilon.
+
     Args:
         ignore_index: targets that do not count.
         reduction: `mean`, `sum` or `none`.
         label_smoothing: epsilon in [0, 1).
-        smoothing: `fairseq` or `torch`, how epsilon is spread.
+        smoothing: how epsilon is spread: `fairseq`, over the other classes, or `torch`, over all.
         lse_log2: `exact` derives the logarithm in log-softmax exactly; see `pam_log_softmax`.
         derivative, alpha, backend: see the module.
 
@@ -289,10 +308,10 @@ class PAMCrossEntropy(Arithmetic):
 
     def __init__(
         self,
+        *,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        *,
         smoothing: Smoothing = "fairseq",
         lse_log2: Rule | None = None,
         derivative: Rule = "approx",

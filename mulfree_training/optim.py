@@ -1,7 +1,8 @@
 """AdamW and SGD whose steps multiply nothing: every product is PAM, the quotient PAD, the root a shift of the pattern.
 
 Parameters are float32, or float64 (on the reference face, slow). bfloat16 is refused: its moments would lose the small
-terms that decay adds; keep float32 parameters and cast the weights where they are used.
+terms that decay adds; keep float32 parameters and cast the weights where they are used. Parameters may be sharded
+(`fully_shard`): a step works on the entries that a process holds, and the states are sharded as their parameters.
 """
 
 from __future__ import annotations
@@ -79,9 +80,16 @@ class _Optimizer(Optimizer):
             if any(param.grad.is_sparse for param in params):
                 raise TypeError("gradient with a sparse layout: must be dense")
             if params:
-                grads = [-param.grad if group["maximize"] else param.grad for param in params]
+                grads = [_placed(-param.grad if group["maximize"] else param.grad, param) for param in params]
                 self._update(group, params, grads)
         return loss
+
+    def __setstate__(self, state: Group) -> None:
+        """Restore a state; a step that is a Python number, as old checkpoints have it, becomes a tensor."""
+        super().__setstate__(state)
+        for own in self.state.values():
+            if "step" in own and not isinstance(own["step"], Tensor):
+                own["step"] = _single(float(own["step"]))
 
     def _check(self, group: Group) -> None:
         """Refuse settings outside their range with a ValueError."""
@@ -90,6 +98,17 @@ class _Optimizer(Optimizer):
 
     def _update(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
+
+
+def _local(x: Tensor) -> Tensor:
+    """The entries of a DTensor that this process holds; other tensors as they are."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _placed(grad: Tensor, param: Any) -> Tensor:
+    """A gradient, distributed as its parameter is if that is a DTensor."""
+    same = not hasattr(param, "to_local") or grad.placements == param.placements  # type: ignore[attr-defined]
+    return grad if same else grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
 
 
 def _require(key: str, value: Any, good: bool, allowed: str) -> None:
@@ -150,7 +169,7 @@ class PAMAdamW(_Optimizer):
         for param, grad in zip(params, grads, strict=True):
             state = self.state[param]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = _single(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
             state["step"] += 1
             key = (param.dtype, param.device, int(state["step"].item()))
@@ -158,7 +177,7 @@ class PAMAdamW(_Optimizer):
             calls[(*key, *alone)].append((param, grad, state["exp_avg"], state["exp_avg_sq"]))
         for (_, _, step, *_), tensors in calls.items():
             columns = [list(column) for column in zip(*tensors, strict=True)]
-            ops.adamw_(*columns, *adamw_numbers(group, step))
+            ops.adamw_(*([_local(x) for x in column] for column in columns), *adamw_numbers(group, step))
             for written in (columns[0], columns[2], columns[3]):
                 torch.autograd.graph.increment_version(written)
 
@@ -170,12 +189,17 @@ def adamw_numbers(group: Group, step: int) -> AdamWNumbers:
     if group["scalars"] == "exact":
         size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         return AdamWNumbers(beta1, 1 - beta1, beta2, 1 - beta2, eps, decay * lr, size)
-    one, rate, on = torch.tensor(1.0), torch.tensor(lr), "reference"
+    one, rate, on = _single(1.0), _single(lr), "reference"
     root = ops.sqrt(one - _power(beta2, step), on)
     size = ops.div(ops.mul(rate, root, 0, on), one - _power(beta1, step), 0, on)
-    rests = [(one - torch.tensor(beta)).item() for beta in (beta1, beta2)]
-    shrink = ops.mul(torch.tensor(float(decay)), rate, 0, on)
+    rests = [(one - _single(beta)).item() for beta in (beta1, beta2)]
+    shrink = ops.mul(_single(float(decay)), rate, 0, on)
     return AdamWNumbers(beta1, rests[0], beta2, rests[1], eps, shrink.item(), size.item())
+
+
+def _single(x: float) -> Tensor:
+    """A number in float32 on the host, whatever PyTorch's defaults are."""
+    return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 _reached: dict[float, tuple[int, int]] = {}
@@ -194,7 +218,8 @@ def _power(beta: float, step: int) -> Tensor:
     for _ in range(step - at):
         size = size + (first - FLOAT32.one) if size >= FLOAT32.smallest else 0
     _reached[beta] = (step, size)
-    return torch.tensor(size if size >= FLOAT32.smallest else 0, dtype=torch.int32).view(torch.float32)
+    size = size if size >= FLOAT32.smallest else 0
+    return torch.tensor(size, dtype=torch.int32, device="cpu").view(torch.float32)
 
 
 class PAMSGD(_Optimizer):
@@ -238,18 +263,22 @@ class PAMSGD(_Optimizer):
 
     def _update(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
-        for param, grad in zip(params, grads, strict=True):
+        for param, whole in zip(params, grads, strict=True):
+            own, grad = _local(param), _local(whole)
             if decay:
-                grad = grad + _times(param, decay)
+                grad = grad + _times(own, decay)
             if momentum:
                 state = self.state[param]
-                buffer = state.get("momentum_buffer")
-                if buffer is None:
-                    buffer = state["momentum_buffer"] = grad.clone()
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.empty_like(param)
+                    buffer = _local(state["momentum_buffer"]).copy_(grad)
                 else:
+                    buffer = _local(state["momentum_buffer"])
                     buffer.copy_(_times(buffer, momentum) + grad)
                 grad = grad + _times(buffer, momentum) if group["nesterov"] else buffer
-            param.sub_(_times(grad, lr))
+            own.sub_(_times(grad, lr))
+            if own is not param:
+                torch.autograd.graph.increment_version(param)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

@@ -8,14 +8,14 @@ every product is in turn multiplied with it, every quotient divided by it; None 
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mulfree_training.arguments import DTYPES, Rule, Rules, are_exact, check_dtype, check_pair, in_single, is_exact
-from mulfree_training.autograd import OfOne, OfTwo
+from mulfree_training.autograd import OfOne, OfTwo, once_differentiable
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 
@@ -31,8 +31,8 @@ class _Mul(OfTwo):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), (shift, exact, backend) = ctx.saved_tensors, ctx.rest
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (shift, exact, backend) = saved, ctx.rest
         ga = gb = None
         if ctx.needs_input_grad[0]:
             ga = ops.mul_grad(grad, a, b, shift, backend) if exact[0] else ops.mul(grad, b, shift, backend)
@@ -50,8 +50,8 @@ class _Div(OfTwo):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), (shift, exact, backend) = ctx.saved_tensors, ctx.rest
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (shift, exact, backend) = saved, ctx.rest
         ga = gb = None
         if ctx.needs_input_grad[0]:
             inverse = ops.div(torch.ones_like(b), b, shift, backend)
@@ -81,8 +81,8 @@ class _Exp2(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, y), (shift, exact, natural, backend) = ctx.saved_tensors, ctx.rest
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, y), (shift, exact, natural, backend) = saved, ctx.rest
         if exact:
             return ops.exp2_grad(grad, x, backend), None, None, None, None
         slope = y if natural else ops.mul(y, _filled(y, math.log(2)), shift, backend)
@@ -98,8 +98,8 @@ class _Log2(OfOne):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (shift, exact, natural, backend) = ctx.saved_tensors, ctx.rest
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (shift, exact, natural, backend) = saved, ctx.rest
         if exact:
             return ops.log2_grad(grad, x, backend), None, None, None, None
         gx = ops.div(grad, x, shift, backend)
@@ -124,12 +124,37 @@ class _Sqrt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, y), (shift, exact, backend) = ctx.saved_tensors, ctx.rest
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, y), (shift, exact, backend) = saved, ctx.rest
         if exact:
             return ops.sqrt_grad(grad, x, backend), None, None, None
         half = ops.mul(grad, _filled(grad, 0.5), 0, backend)  # a shift of the exponent, exact
         return ops.div(half, y, shift, backend), None, None, None
+
+
+class _Pow(OfOne):
+    """exp2(PAM(log2 x, p)), derived step by step, but for x = 0 as x^p: the steps there give 0 / 0."""
+
+    @staticmethod
+    def forward(x: Tensor, p: float, shift: int, exact: bool, backend: str) -> Tensor:
+        return ops.exp2(ops.mul(ops.log2(x, backend), _filled(x, p), shift, backend), backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (p, shift, exact, backend) = saved, ctx.rest
+        u, factor, ln2 = ops.log2(x, backend), _filled(x, p), _filled(x, math.log(2))
+        v = ops.mul(u, factor, shift, backend)
+        if exact:
+            gv = ops.exp2_grad(grad, v, backend)
+            gx = ops.log2_grad(ops.mul_grad(gv, u, factor, shift, backend), x, backend)
+        else:
+            slope = ops.mul(ops.exp2(v, backend), ln2, shift, backend)
+            gu = ops.mul(ops.mul(slope, grad, shift, backend), factor, shift, backend)
+            gx = ops.div(ops.div(gu, x, shift, backend), ln2, shift, backend)
+        at_zero = 0.0 if p > 1 or p == 0 else 1.0 if p == 1 else math.copysign(math.inf, p)
+        # log2 takes numbers below the normal ones for 0 as well
+        return torch.where(u == -math.inf, ops.mul(grad, _filled(x, at_zero), 0, backend), gx), None, None, None, None
 
 
 def pam_mul(
@@ -138,7 +163,7 @@ def pam_mul(
     """Piecewise affine product (equation of section 2.1): exact if a factor is a power of two, else up to 1/9 small.
 
     Args:
-        a: float32, bfloat16 or float64, or a Python number (one of the two is a tensor).
+        a: float32, bfloat16 or float64, or a real number of Python or NumPy (one of the two is a tensor).
         b: as a; shapes broadcast.
         derivative: `approx` or `exact`, or a pair of them, one an operand.
         alpha: see the module.
@@ -210,11 +235,24 @@ def pam_sqrt(x: Tensor, *, derivative: Rule = "approx", alpha: float | None = No
 def pam_pow(
     x: Tensor, p: float, *, derivative: Rule = "approx", alpha: float | None = None, backend: str = ""
 ) -> Tensor:
-    """exp2(PAM(log2 x, p)) of x >= 0 with a constant exponent; 0 at 0 for p > 0, NaN for negative x."""
-    options: dict[str, Any] = {"derivative": derivative, "alpha": alpha, "backend": backend}
+    """exp2(PAM(log2 x, p)) of x >= 0 with a constant exponent; 0 at 0 for p > 0, NaN for negative x.
+
+    Its slope at 0 is that of x^p: 0 for p > 1, 1 for p = 1, infinity below.
+
+    Args:
+        x: float32, bfloat16 or float64.
+        p: a number.
+        derivative, alpha, backend: as in `pam_mul`.
+
+    Raises:
+        TypeError: another dtype, or p is no number.
+        ValueError: an unknown rule, or a face that cannot serve the call.
+    """
     check_dtype("x", x)
+    if not _is_number(p):
+        raise TypeError(f"p={p!r}: must be a number")
     # as one function, so that bfloat16 is rounded once
-    return in_single(lambda x: pam_exp2(pam_mul(pam_log2(x, **options), p, **options), **options), x)
+    return _unary(_Pow, x, float(p), offset(alpha), is_exact(derivative), backend)
 
 
 class _Rescaled(torch.autograd.Function):
@@ -262,10 +300,16 @@ def _binary(
 
 
 def _number(name: str, value: Any, other: Any) -> Tensor:
-    """A Python number as a tensor like the other operand."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A number as a tensor like the other operand."""
+    if not _is_number(value):
         raise TypeError(f"{name}={value!r}: must be a tensor or a number")
     if not isinstance(other, Tensor):
         raise TypeError(f"{name}={value!r}: one of a and b must be a tensor")
+    value = value if isinstance(value, (int, float)) else float(value)
     # of a dtype that is refused, it is the tensor that the error is to name
     return other.new_full((), value, dtype=other.dtype if other.dtype in DTYPES else torch.float32)
+
+
+def _is_number(value: Any) -> bool:
+    """Is it a real number, of Python or NumPy (whose numbers are no subclasses, but registered)?"""
+    return not isinstance(value, bool) and isinstance(value, (int, float, numbers.Real))

@@ -7,15 +7,14 @@ everywhere. Only the number of threads or tiles changes how fast that is.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mulfree_training.arguments import Rules, are_exact, check_pair, in_single
-from mulfree_training.autograd import OfTwo
+from mulfree_training.autograd import OfTwo, once_differentiable
 from mulfree_training.bits import offset
 from mulfree_training.operators import ops
 
@@ -29,8 +28,8 @@ class _MatMul(OfTwo):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), (shift, exact, backend) = ctx.saved_tensors, ctx.rest
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (shift, exact, backend) = saved, ctx.rest
         ga = gb = None
         if ctx.needs_input_grad[0]:
             if exact[0]:
@@ -113,7 +112,7 @@ def pam_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, int] | Literal["same", "valid"] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     *,
@@ -127,7 +126,7 @@ def pam_conv2d(
         input: (B, C, H, W).
         weight: (C', C / groups, h, w).
         bias: (C',).
-        stride, padding, dilation, groups: as in `F.conv2d`.
+        stride, padding, dilation, groups: as in `F.conv2d`, padding "same" (for strides of 1) and "valid" included.
         derivative, alpha, backend: as in `pam_matmul`.
 
     Returns: (B, C', H', W').
@@ -140,6 +139,8 @@ def pam_conv2d(
         raise ValueError(
             f"input of shape {tuple(input.shape)}, weight of {tuple(weight.shape)}: must have 4 dimensions"
         )
+    if isinstance(padding, str):
+        input, padding = _padded(input, padding, _pair(stride), _pair(dilation), weight.shape[2:]), 0
     (sh, sw), (ph, pw), (dh, dw) = (_pair(x) for x in (stride, padding, dilation))
     for name, value, least in (("stride", (sh, sw), 1), ("padding", (ph, pw), 0), ("dilation", (dh, dw), 1)):
         if min(value) < least:
@@ -156,16 +157,48 @@ def pam_conv2d(
     if height < 1 or width < 1:
         raise ValueError(f"weight of shape {tuple(weight.shape)}: must fit into input of shape {tuple(input.shape)}")
     columns = F.unfold(input, kernel, (dh, dw), (ph, pw), (sh, sw))  # (B, C h w, H' W')
-    columns = columns.transpose(1, 2).unflatten(2, (groups, -1))  # (B, H' W', groups, C h w / groups)
-    # all positions of all images are rows of one product a group
-    rows = columns.flatten(0, 1).transpose(0, 1)  # (groups, B H' W', C h w / groups)
-    filters = weight.reshape(
-        groups, weight.shape[0] // groups, rows.shape[2]
-    ).mT  # (groups, C h w / groups, C' / groups)
-    out = pam_matmul(rows, filters, derivative=derivative, alpha=alpha, backend=backend)
-    out = out.transpose(0, 1).reshape(input.shape[0], height * width, weight.shape[0])  # (B, H' W', C')
-    out = out if bias is None else out + bias
+    options: dict[str, Any] = {"derivative": derivative, "alpha": alpha, "backend": backend}
+    out = _groups(columns, weight, groups, options) if groups > 1 else _one_group(columns, weight, options)
+    out = out if bias is None else out + bias  # (B, H' W', C')
     return out.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _one_group(columns: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """(B, C h w, L), (C', C, h, w) -> (B, L, C'): all positions of all images are rows of one product."""
+    rows = columns.transpose(1, 2).flatten(0, 1)  # (B L, C h w)
+    out = pam_matmul(rows, weight.flatten(1).mT, **options)
+    return out.unflatten(0, (columns.shape[0], columns.shape[2]))
+
+
+def _groups(columns: Tensor, weight: Tensor, groups: int, options: dict[str, Any]) -> Tensor:
+    """(B, C h w, L), (C', C / groups, h, w) -> (B, L, C'), a product a group.
+
+    Positions are the columns of the product: a group has few filters, often one, and PAM commutes. The order of sums is
+    that of `_one_group`.
+    """
+    if isinstance(rule := options["derivative"], tuple) and len(rule) == 2:
+        options = {**options, "derivative": rule[::-1]}
+    patches = columns.unflatten(1, (groups, -1)).movedim(0, 2).flatten(2)  # (groups, C h w / groups, B L)
+    filters = weight.flatten(1).unflatten(0, (groups, -1))  # (groups, C' / groups, C h w / groups)
+    out = pam_matmul(filters, patches, **options)  # (groups, C' / groups, B L)
+    out = out.movedim(2, 0).reshape(columns.shape[0], columns.shape[2], weight.shape[0])
+    # several filters of a group lie side by side, as those of one group do: the gradient of a bias, a sum of PyTorch's,
+    # follows the memory in its order
+    return out if filters.shape[1] == 1 else out.contiguous()
+
+
+def _padded(
+    input: Tensor, padding: str, stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, ...]
+) -> Tensor:
+    """The input with the zeros that a word for the padding means; an odd one goes to the right or bottom."""
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding={padding!r}: must be same, valid, a number or a pair of them")
+    if padding == "valid":
+        return input
+    if stride != (1, 1):
+        raise ValueError(f"padding='same': must go with a stride of 1, got {stride}")
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return F.pad(input, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
 
 
 def _check_bias(bias: Tensor | None, weight: Tensor) -> None:

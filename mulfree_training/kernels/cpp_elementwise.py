@@ -108,7 +108,8 @@ def _run(operation: int, operands: tuple[Tensor, ...], shift: int, level: str | 
     if not flat and (len(shape) > _DIMS or any(x.stride(-1) > 1 for x in operands)):
         # PyTorch transposes whole matrices faster than the kernel gathers their columns
         return _run(operation, tuple(x.contiguous() for x in operands), shift, level)
-    out = torch.empty_like(first) if flat else torch.empty(shape)  # the former takes less time
+    # the former takes less time; the kernel writes float32, whatever PyTorch's default is
+    out = torch.empty_like(first) if flat else torch.empty(shape, dtype=torch.float32, device=first.device)
     pointers = out.data_ptr(), first.data_ptr(), second.data_ptr(), last.data_ptr()
     head = (*pointers, operation, shift, torch.get_num_threads(), out.numel())
     if flat:

@@ -15,7 +15,8 @@ _FUNCTIONS = {"matmul_scratch": (ctypes.c_char_p, ctypes.c_void_p), "matmul_run"
 _NUMBERS = struct.Struct("21q")  # struct Numbers of the source
 
 
-_empty = torch.empty
+# what the kernel writes, whatever dtype and device are PyTorch's default
+_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
 
 
 @functools.cache

@@ -27,6 +27,8 @@ _SOURCES = {
 _ROWS = struct.Struct("15qd")  # struct Rows of rows.h
 _STEP = struct.Struct("6q7d")  # struct Numbers of adamw.cpp
 _NEAR, _BUFFERS = 4096, 2  # as in rows.h
+# what the kernels write, whatever dtype and device are PyTorch's default
+_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -121,8 +123,8 @@ def _rows(
     if native is None:
         raise RuntimeError("native=None: must be a library, but there is no C++ compiler")
     plain = x.is_contiguous()
-    out = torch.empty_like(x) if plain else torch.empty(shape)  # the former takes less time
-    weight_out = torch.empty(shape) if grad is not None and weight is not None else None
+    out = torch.empty_like(x) if plain else _empty(shape)  # the former takes less time
+    weight_out = _empty(shape) if grad is not None and weight is not None else None
     count = out.numel()
     if not count:
         return out, weight_out
@@ -132,7 +134,7 @@ def _rows(
     bias = bias if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
     # where a memory profile sees it
-    scratch = torch.empty(threads * _BUFFERS * (n + 15)) if n > _NEAR else None
+    scratch = _empty(threads * _BUFFERS * (n + 15)) if n > _NEAR else None
     tensors = (out, weight_out, x, grad, weight, bias, scratch)
     pointers = (0 if given is None else given.data_ptr() for given in tensors)
     numbers = (count // n, n, x_step, grad_step, threads, shift, exact, exact_log2, eps)

@@ -69,7 +69,8 @@ def test_what_is_no_tensor():
         refuses(TypeError, f"b={value!r}: must be a tensor or a number", pam_mul, X, value)
         refuses(TypeError, f"a={value!r}: must be a tensor or a number", pam_div, value, X)
     refuses(TypeError, "a=1.0: one of a and b must be a tensor", pam_mul, 1.0, 2.0)
-    refuses(TypeError, "b=True: must be a tensor or a number", pam_pow, X, True)
+    for value in (True, None, X):
+        refuses(TypeError, f"p={value!r}: must be a number", pam_pow, X, value)
 
 
 def test_two_dtypes_or_two_devices():

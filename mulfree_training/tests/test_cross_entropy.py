@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from common.kernels.dispatch import forced
 from mulfree_training.functional import pam_cross_entropy, pam_log_softmax
+from mulfree_training.modules import PAMCrossEntropy
 from mulfree_training.primitives import pam_div, pam_mul
 from mulfree_training.tests.bitwise import ALPHAS, assert_same, same_bits
 
@@ -157,3 +158,9 @@ def test_certain_predictions_cost_nothing():
     x = torch.full((2, V), -1e4)
     x[0, 3] = x[1, 5] = 0.0
     assert pam_cross_entropy(x, torch.tensor([3, 5])).item() == 0
+
+
+@pytest.mark.parametrize("make", [PAMCrossEntropy, lambda *o: pam_cross_entropy(logits(2, V), classes(2), *o)])
+def test_class_weights_are_not_taken_for_an_option(make):
+    with pytest.raises(TypeError, match="positional argument"):
+        make(torch.ones(V))

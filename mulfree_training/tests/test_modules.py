@@ -320,6 +320,36 @@ def test_bfloat16_layers_keep_their_dtype():
     assert torch.equal(out, products.pam_linear(x, layer.weight, layer.bias))
 
 
+AUTOCAST = {
+    "linear": (lambda: nn.Linear(6, 6), lambda: PAMLinear(6, 6), (4, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 6), lambda: PAMLinear(6, 6, bias=False), (4, 6)),
+    "norm": (lambda: nn.Linear(6, 6), lambda: PAMLayerNorm(6), (4, 6)),
+    "conv1d": (lambda: nn.Conv1d(2, 2, 1), lambda: PAMConv1d(2, 4, 3, padding="same"), (3, 2, 6)),
+    "conv2d": (lambda: nn.Conv2d(2, 2, 1), lambda: PAMConv2d(2, 4, 3, padding=1), (3, 2, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_parameters_follow_the_input_under_autocast(name):
+    first, ours, shape = AUTOCAST[name][0](), AUTOCAST[name][1](), AUTOCAST[name][2]
+    x = normal(*shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        middle = first(x)
+        out = ours(middle)
+        wide = ours(x)  # what is float32 stays so
+    assert out.dtype is middle.dtype is torch.bfloat16 and wide.dtype is torch.float32
+    assert torch.equal(wide, ours(x))
+    narrow = copy.deepcopy(ours).bfloat16()
+    assert torch.equal(out, narrow(middle.detach()))
+    out.float().sum().backward()
+    narrow(middle.detach()).float().sum().backward()
+    for p, q in zip(ours.parameters(), narrow.parameters(), strict=True):
+        assert p.grad.dtype is torch.float32 and torch.equal(p.grad, q.grad.float())
+    assert all(p.grad.dtype is torch.float32 for p in first.parameters())
+    with pytest.raises(TypeError, match="of dtype torch.float32: must be torch.bfloat16"):
+        ours(middle.detach())
+
+
 def test_compiled_layers_give_the_same_bits():
     net = nn.Sequential(PAMLinear(6, 5), nn.ReLU(), PAMLayerNorm(5), PAMLinear(5, 3, derivative="exact"))
     x, grad = normal(4, 6), normal(4, 3, seed=1)

@@ -210,6 +210,23 @@ def test_adamw_follows_torch_roughly():
     assert 0.8 < moved.norm() / expected.norm() < 1.2
 
 
+def test_steps_that_are_numbers_load_as_in_torch():
+    params, others = parameters(), parameters()
+    theirs, whole = torch.optim.AdamW(params, 0.01), PAMAdamW(others, 0.01)
+    run(theirs, params, 2)
+    whole.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    saved = copy.deepcopy(theirs.state_dict())
+    saved["state"] = {key: {**own, "step": int(own["step"])} for key, own in saved["state"].items()}
+    again = copy.deepcopy(others)
+    ours = PAMAdamW(again, 0.01)
+    ours.load_state_dict(saved)
+    run(whole, others, 2, 2)
+    run(ours, again, 2, 2)
+    assert all(same_bits(x.detach(), y.detach()) for x, y in zip(others, again, strict=True))
+    assert all(isinstance(own["step"], Tensor) and own["step"] == 4 for own in ours.state.values())
+    torch.optim.AdamW(again).load_state_dict(ours.state_dict())
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_is_the_written_update(nesterov):
     param = nn.Parameter(normal(32))

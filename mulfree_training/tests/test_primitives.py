@@ -1,7 +1,9 @@
 """The public primitives: what they compose, broadcast and round, and the error law of the paper."""
 
+import fractions
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -226,3 +228,21 @@ def test_alpha_centres_the_error_of_products():
     for alpha, gain in ((None, 0.9623), (1.0552, 0.9998), (1.04, 0.989)):
         found, truth = pam_mul(x, y, alpha=alpha).double(), x.double() * y.double()
         assert ((found * truth).sum() / (truth * truth).sum()).item() == pytest.approx(gain, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_numpy_are_numbers(dtype):
+    x = ordinary(50, seed=1).to(dtype)
+    for number in (
+        np.float32(1.7),
+        np.float64(1.7),
+        np.float16(1.7),
+        np.int64(3),
+        np.uint8(3),
+        fractions.Fraction(3, 8),
+    ):
+        assert_same(pam_mul(x, number), pam_mul(x, float(number)))
+        assert_same(pam_div(number, x), pam_div(float(number), x))
+        assert_same(pam_pow(x, number), pam_pow(x, float(number)))
+    with pytest.raises(TypeError, match="must be a tensor or a number"):
+        pam_mul(x, np.bool_(True))
