@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mulfree_training.arguments import Rule
 from mulfree_training.functional import pam_dropout, pam_softmax
-from mulfree_training.modules import Arithmetic, PAMLinear
+from mulfree_training.modules import Arithmetic, PAMLinear, cast
 from mulfree_training.primitives import pam_div, pam_mul
 from mulfree_training.products import pam_linear, pam_matmul
 
@@ -260,8 +260,10 @@ class PAMAttention(Arithmetic, nn.MultiheadAttention):
         masks = self._masks(q, k, key_padding_mask, attn_mask)
         added = 0
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1)
+            k, v = (
+                torch.cat([x, own.expand(x.shape[0], 1, -1)], 1)
+                for x, own in zip((k, v), cast(k, self.bias_k, self.bias_v), strict=True)
+            )
             added += 1
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -287,7 +289,7 @@ class PAMAttention(Arithmetic, nn.MultiheadAttention):
         same = query is key and key is value and self.in_proj_weight is not None
 
         def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return pam_linear(x, w, b, **self.arithmetic) if self.products == "pam" else F.linear(x, w, b)
+            return pam_linear(x, *cast(x, w, b), **self.arithmetic) if self.products == "pam" else F.linear(x, w, b)
 
         def first(x: Tensor) -> Tensor:
             if x.dim() == 2:

@@ -65,7 +65,7 @@ class Arithmetic(nn.Module):
         return ", ".join(filter(None, shown))
 
 
-def _cast(input: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+def cast(input: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     """Parameters in the input's dtype where autocast is on: what comes from an ordinary layer is bfloat16 there.
 
     Their gradients are in their own dtype.
@@ -104,7 +104,7 @@ class PAMLinear(Arithmetic, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
-        weight, bias = _cast(input, self.weight, self.bias)
+        weight, bias = cast(input, self.weight, self.bias)
         return pam_linear(input, weight, bias, **self.arithmetic)
 
 
@@ -130,7 +130,7 @@ class PAMConv1d(Arithmetic, nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, L) or (C, L) -> (B, C', L') or (C', L')."""
         x, (padding,) = _padded(self, input if input.dim() == 3 else input[None])
-        weight, bias = _cast(x, self.weight, self.bias)
+        weight, bias = cast(x, self.weight, self.bias)
         out = pam_conv2d(
             x[:, :, None], weight[:, :, None], bias, stride=(1, self.stride[0]), padding=(0, padding),
             dilation=(1, self.dilation[0]), groups=self.groups, **self.arithmetic,
@@ -161,7 +161,7 @@ class PAMConv2d(Arithmetic, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) or (C, H, W) -> (B, C', H', W') or (C', H', W')."""
         x, padding = _padded(self, input if input.dim() == 4 else input[None])
-        weight, bias = _cast(x, self.weight, self.bias)
+        weight, bias = cast(x, self.weight, self.bias)
         out = pam_conv2d(
             x, weight, bias, stride=_two(self.stride), padding=_two(padding),
             dilation=_two(self.dilation), groups=self.groups, **self.arithmetic,
@@ -208,7 +208,7 @@ class PAMLayerNorm(Arithmetic, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, *normalized_shape), the same out."""
-        weight, bias = _cast(input, self.weight, self.bias)
+        weight, bias = cast(input, self.weight, self.bias)
         return pam_layer_norm(input, self.normalized_shape, weight, bias, self.eps, **self.arithmetic)
 
 

@@ -372,3 +372,15 @@ def test_parameters_are_reset_as_pytorch_does():
             torch.manual_seed(3)
             module._reset_parameters()
         assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"kdim": E, "vdim": E, "bias": False}])
+def test_parameters_follow_the_input_under_autocast(options):
+    first, ours = nn.Linear(E, E), PAMAttention(E, H, batch_first=True, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = first(normal(B, L, E))
+        out, _ = ours(x, x, x, need_weights=False)
+    assert out.dtype is x.dtype is torch.bfloat16
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
+    assert torch.equal(out, ours.bfloat16()(x, x, x, need_weights=False)[0])
