@@ -5,10 +5,23 @@ Two context managers watch each operator that PyTorch runs, those of the backwar
 touches a floating-point tensor must be in `ALLOWED`, which gives the reason; an unknown one is a finding. Integers may
 be multiplied, for they are positions in memory. Complex numbers are findings altogether.
 
-Three things are out of sight here, and proven or listed elsewhere: what happens inside an operator of this package
-(`disassembly` and `kernels.ptx` scan the compiled code; `integers=True` runs the reference operation by operation),
-inside operators that another package registers (they are findings, whatever they do), and arithmetic on Python numbers
-such as a learning rate. A function under `torch.compile` runs uncompiled in the block, and is seen.
+Operators that another package registers and those of quantised tensors are findings, whatever they do and whatever type
+their tensors claim. So are higher-order operators such as `flex_attention`, but for those that only call functions that
+they are given (`torch.cond`, `while_loop`, `map`, `scan`): what these functions call is seen (where derivatives are
+taken, PyTorch wants them to return tuples). What a tensor subclass calls in its `__torch_dispatch__` is seen, too;
+where it calls nothing, the operator that it was asked for counts. A function under `torch.compile` runs uncompiled in
+the block (in every thread), and is seen.
+
+Proven elsewhere is what happens inside an operator of this package: `disassembly` and `kernels.ptx` scan the compiled
+code, and `integers=True` runs the reference operation by operation. Out of sight, and proven nowhere, are
+
+- arithmetic on Python numbers, such as a learning rate;
+- NumPy and whatever else takes a tensor's memory (`Tensor.numpy`, DLPack, `data_ptr`), also inside an
+  `autograd.Function`, a tensor subclass or the body of a registered operator that PyTorch resolves by itself
+  (CompositeImplicitAutograd);
+- the backward pass of a graph that `torch.compile` compiled and ran forward before the block; packages of AOTInductor;
+  replays of CUDA graphs; Triton and other kernels that are launched directly, without an operator around them;
+- what runs while dispatch is switched off, and what a dispatch mode that was entered before the block calls.
 
 The managers nest. They see the thread that entered them, and the backward passes that it starts (PyTorch hands them on
 to the threads in which it runs those of a GPU); other threads they do not see.
@@ -25,23 +38,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mulfree_training.operators import NAMESPACE
 
 _GROUPS = {
     "sees the same numbers through another shape or type": """
-        alias as_strided detach detach_copy diagonal expand lift lift_fresh permute _reshape_alias select slice
-        split split_with_sizes squeeze t transpose unbind unfold _unsafe_view unsqueeze view
+        alias as_strided _coalesced detach detach_copy diagonal expand _indices lift lift_fresh
+        _nested_get_jagged_dummy _nested_get_lengths _nested_get_max_seqlen _nested_get_min_seqlen
+        _nested_get_offsets _nested_get_ragged_idx _nested_get_values _nested_view_from_jagged permute
+        _reshape_alias select slice _sparse_coo_tensor_with_dims_and_tensors split split_with_sizes squeeze t
+        transpose unbind unfold _unsafe_view unsqueeze _values view
     """,
     "copies, joins or rearranges numbers": """
         as_strided_scatter cat channel_shuffle clone constant_pad_nd copy _copy_from diag_embed diagonal_scatter
         embedding expand_copy flip _foreach_copy gather im2col index index_copy index_select lift_fresh_copy
         masked_scatter masked_select max_unpool2d max_unpool3d _pin_memory pixel_shuffle pixel_unshuffle
         reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d
-        replication_pad2d replication_pad3d _reshape_copy roll rot90 select_scatter set slice_scatter stack take
-        _to_copy tril triu _unsafe_masked_index upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        replication_pad2d replication_pad3d _reshape_copy roll rot90 select_copy select_scatter set slice_scatter stack
+        take _to_copy _to_sparse tril triu _unsafe_masked_index upsample_nearest1d upsample_nearest2d upsample_nearest3d
         view_copy
     """,
     "fills memory with a constant": """
@@ -50,7 +67,7 @@ _GROUPS = {
         scalar_tensor zero zeros zeros_like
     """,
     "adds, possibly with a changed sign": """
-        abs cumsum _foreach_abs _foreach_neg _foreach_sign frac nansum neg sgn sign sum trace
+        abs cumsum _foreach_abs _foreach_neg _foreach_sign frac nansum neg _neg_view sgn sign sum trace
     """,
     "adds up or copies what came from one place, the derivative of a view or a copy": """
         adaptive_max_pool2d_backward adaptive_max_pool3d_backward col2im diagonal_backward index_put
@@ -75,7 +92,9 @@ _GROUPS = {
     """,
     "draws random bits for a mask; their fixed scale is a power of two": "bernoulli rand rand_like",
     "passes a value to Python, or checks something": """
-        _assert_async _assert_tensor_metadata is_pinned is_same_size _local_scalar_dense record_stream
+        _assert_async _assert_tensor_metadata _has_same_storage_numel is_coalesced is_pinned is_same_size
+        is_strides_like_format
+        _local_scalar_dense record_stream sym_is_contiguous sym_numel sym_size sym_storage_offset sym_stride
     """,
 }
 _BITS = """
@@ -98,6 +117,8 @@ _CONDITIONAL = {
     "scatter": "copies or adds; reduce is none or add",
     "scatter_reduce": "adds or compares; reduce is sum, amax or amin",
     "index_reduce": "compares; reduce is amax or amin",
+    "linalg_vector_norm": "adds or compares absolute values; order is 1, inf or -inf",
+    "_foreach_norm": "adds or compares absolute values; order is 1, inf or -inf",
     "round": "rounds to an integer; not to decimals, which multiplies",
     "uniform": "draws random bits for a mask; only between 0 and 1, another range multiplies",
     # a shift of a float multiplies it
@@ -107,6 +128,14 @@ ALLOWED: dict[str, str] = {f"aten.{name}": reason for reason, names in _GROUPS.i
 """Operator, without the underscore of its in-place form -> why it multiplies nothing. Some have conditions."""
 ALLOWED |= {f"aten.{name}": reason for name, reason in _CONDITIONAL.items()}
 ALLOWED[f"{NAMESPACE}.*"] = "ours: adds bit patterns, proven on the compiled code"
+ALLOWED["prim.*"] = "asks for the device, the layout or the like"
+ALLOWED["profiler.*"] = "marks a place in time"
+ALLOWED |= {
+    f"higher_order.{name}": "calls functions that it is given, which are seen, and copies what they return"
+    for name in ("cond", "map_impl", "scan", "while_loop", "while_loop_stack_output")
+}
+_PYTORCH = ("aten", "prims")
+"""Namespaces whose operators multiply no floating-point numbers if none of their tensors has any."""
 SHOWN = 4
 """Operands that an error shows at most."""
 
@@ -142,20 +171,55 @@ def forbid_multiplications(allow: Iterable[str] = (), *, integers: bool = False)
         shown += f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
         raise MultiplicationError(name, f"{function} on {shown or 'numbers'} may multiply{_place()}")
 
-    with _Gate(found, _names(allow), integers):
+    gate = _Gate(found, _names(allow), integers)
+    with _uncompiled(), gate:
         yield
 
 
 @contextlib.contextmanager
-def count_multiplications(allow: Iterable[str] = (), *, integers: bool = False) -> Iterator[Counter[str]]:
-    """Count the operators in the block that `forbid_multiplications` would stop at; arguments and errors as there.
+def count_multiplications(
+    allow: Iterable[str] = (), *, integers: bool = False, mode: str = "aten"
+) -> Iterator[Counter[str]]:
+    """Count the operators in the block that `forbid_multiplications` would stop at.
+
+    Args:
+        allow: as there.
+        integers: as there.
+        mode: the level at which to count; "aten", that of PyTorch's operators, is the only one.
 
     Yields:
         Name of the operator, such as `aten.mul` -> how often it was called; filled while the block runs.
+
+    Raises:
+        ValueError: `allow` has what is no name of an operator, or no such mode.
     """
+    if mode != "aten":
+        raise ValueError(f"mode={mode!r}: must be 'aten'")
     counter: Counter[str] = Counter()
-    with _Gate(lambda name, function, leaves: counter.update([name]), _names(allow), integers):
+    gate = _Gate(lambda name, function, leaves: counter.update([name]), _names(allow), integers)
+    with _uncompiled(), gate:
         yield counter
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run what `torch.compile` compiled as plain Python: what runs below dispatch, no mode would see."""
+    stance = _eager()
+    try:
+        yield
+    finally:
+        _restored(stance)
+
+
+# not compiled themselves, for a compiled function may hold a block, and there the stance must not be changed
+@torch._disable_dynamo
+def _eager() -> Any:
+    return torch.compiler.set_stance("force_eager")
+
+
+@torch._disable_dynamo
+def _restored(stance: Any) -> None:
+    stance.__exit__(None, None, None)
 
 
 class _Gate(TorchDispatchMode):
@@ -167,12 +231,22 @@ class _Gate(TorchDispatchMode):
         integers: look at all tensors, not at those of floating-point numbers alone.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, found: Callable[[str, Any, list[Any]], None], allow: frozenset[str], integers: bool) -> None:
         super().__init__()
         self.found, self.allow, self.integers = found, allow, integers
+        self.seen = 0
+        self.asked: Any = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if isinstance(function, HigherOrderOperator):
+            return self._higher_order(function, leaves, args, kwargs)
+        if any(_dispatches(type(x)) for x in _tensors(leaves)):
+            return self._of_subclass(function, leaves, args, kwargs)
+        self.seen += 1
         name = str(function.overloadpacket)
         if name in self.allow or is_allowed(function, *args, **kwargs):
             return function(*args, **kwargs)
@@ -180,25 +254,68 @@ class _Gate(TorchDispatchMode):
             # under torch.inference_mode what is composed of other operators arrives whole
             with self:
                 return function.decompose(*args, **kwargs)
-        leaves = tree_leaves((args, kwargs))
-        if self._watched(leaves):
+        if function.namespace not in _PYTORCH or self._watched(leaves):
             self.found(name, function, leaves)
             return function(*args, **kwargs)
         out = function(*args, **kwargs)
-        if self._watched(tree_leaves(out)):
+        if self._watched(out):
             self.found(name, function, leaves)
         return out
 
-    def _watched(self, leaves: list[Any]) -> bool:
-        return any(self.integers or x.is_floating_point() or x.is_complex() for x in _tensors(leaves))
+    def _of_subclass(self, function: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the subclass run an operator while this mode stays entered; if it shows nothing, judge the operator."""
+        if self.asked is function:
+            self.asked = None
+            return NotImplemented  # now PyTorch asks the subclass
+        before, self.asked = self.seen, function
+        try:
+            with self:
+                out = function(*args, **kwargs)
+        finally:
+            self.asked = None
+        name = str(function.overloadpacket)
+        if self.seen == before and not is_allowed(function, *args, **kwargs):
+            self.seen += 1
+            # the subclass was asked past the modes below this one: they are told here
+            for gate in (*_get_current_dispatch_mode_stack(), self):
+                if isinstance(gate, _Gate) and name not in gate.allow and gate._watched([leaves, out]):
+                    gate.found(name, function, leaves)
+        return out
+
+    def _higher_order(self, function: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = f"{function.namespace}.{function.name()}"
+        if name in self.allow:
+            return function(*args, **kwargs)
+        if name not in ALLOWED:
+            self.found(name, function, leaves)
+            return function(*args, **kwargs)
+
+        def seen(x: Any) -> Any:
+            if isinstance(x, Tensor) or not callable(x):
+                return x
+
+            def run(*inputs: Any, **options: Any) -> Any:
+                with self:
+                    return x(*inputs, **options)
+
+            return run
+
+        args, kwargs = tree_map(seen, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def _watched(self, values: Any) -> bool:
+        return any(
+            self.integers or x.is_floating_point() or x.is_complex() or x.is_quantized
+            for x in _tensors(tree_leaves(values))
+        )
 
 
 def is_allowed(function: Any, *args: Any, **kwargs: Any) -> bool:
     """Is a call of an operator (such as `torch.ops.aten.add.Tensor`) on the list, and its condition kept?"""
-    if function.namespace == NAMESPACE:
+    if f"{function.namespace}.*" in ALLOWED:
         return True
     given = _tensors(tree_leaves((args, kwargs)))
-    if any(x.is_complex() for x in given):
+    if any(x.is_complex() or x.is_quantized for x in given):
         return False
     name = str(function.overloadpacket)
     if name not in ALLOWED:
@@ -216,6 +333,8 @@ def _condition(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
     given |= dict(zip((x.name for x in function._schema.arguments), args, strict=False)) | kwargs
     if name == "round":
         return "decimals" not in given
+    if name in ("linalg_vector_norm", "_foreach_norm"):
+        return given["ord"] in (1, float("inf"), -float("inf"))
     if name == "uniform":
         return given["from"] == 0 and given["to"] == 1
     if name == "scatter":
@@ -229,6 +348,12 @@ def _condition(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
     if name == "embedding_dense_backward":
         return not given["scale_grad_by_freq"]
     return given.get("alpha", 1) in (1, -1)
+
+
+def _dispatches(kind: type[Tensor]) -> bool:
+    """Does a class of tensors run operators itself? Those that belong to a mode of PyTorch leave it to that mode."""
+    own = kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    return own and not hasattr(kind, "_mode_key")
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mulfree_training import reference
 from mulfree_training.bits import FLOAT32, FLOAT64, offset
+from mulfree_training.primitives import pam_div, pam_mul
 from mulfree_training.tests.bitwise import (
     ALPHAS,
     INF,
@@ -330,3 +331,21 @@ def test_row_sums_in_sixteen_lanes(n):
             lanes[:, i] += lanes[:, i + half]
     assert_same(reference.row_sum(x), torch.from_numpy(lanes[:, :1].copy()))
     assert reference.row_sum(x.double().reshape(7, 1, n)).shape == (7, 1, 1)
+
+
+@pytest.mark.parametrize("name, true, sign", [("mul", np.multiply, 1), ("div", np.divide, -1)])
+def test_the_official_rule_gives_the_same_bits_where_it_gives_numbers(name, true, sign):
+    """Official: guarded by the true result in float32, +0 below 1e-37, NaN from 1e37 on, else one wrapping addition."""
+    a, b = random_patterns(1_000_000, 5), random_patterns(1_000_000, 6)
+    kept = [x.isfinite() & (x.abs() >= SMALLEST) for x in (a, b)]
+    a, b = (x[kept[0] & kept[1]] for x in (a, b))
+    i, j = (x.numpy().view(np.int32) for x in (a, b))
+    with np.errstate(over="ignore", under="ignore"):
+        size = np.abs(true(a.numpy(), b.numpy()))
+        pattern = i + sign * (j - np.int32(FLOAT32.one))
+    inside = torch.from_numpy((size >= np.float32(1e-37)) & (size < np.float32(1e37)))
+    assert inside.sum() > 500_000
+    official = torch.from_numpy(pattern).view(torch.float32)
+    ours = {"mul": pam_mul, "div": pam_div}[name](a, b)
+    for found in (ours, getattr(reference, name)(a, b)):
+        assert_same(found[inside], official[inside], a[inside], b[inside])
