@@ -168,7 +168,6 @@ def _claim_row(paper: str, verdict: Verdict, has_figure: bool) -> Row:
     claim, part = verdict.claim, verdict.decisive
     numbers = _numbers(part)
     if len(verdict.parts) > 1 and part is not None:
-        numbers["n"] = min(p.outcome.n for p in verdict.parts)
         numbers["test"] = f"{len(verdict.parts)} parts, Holm; shown: {part.id}, which decides"
     return {
         "id": claim.id,

@@ -82,9 +82,9 @@ def _better(experiment: str, arm: str, other: str, metric: str, allowed: float, 
 
 
 def _levels(frame: pd.DataFrame, arm: str, other: str, metric: str) -> str:
-    """Means of what was compared, and of the loss beside an accuracy, in words."""
+    """Means of what was compared, in words; beside an accuracy the loss, beside a loss that at the best temperature."""
     words = []
-    for shown in dict.fromkeys((metric, *((NLL, f"{NLL}_tempered") if metric == ACCURACY else ()))):
+    for shown in (metric, {ACCURACY: NLL, NLL: f"{NLL}_tempered"}.get(metric, "")):
         if shown in frame:
             own, theirs = pair(frame, arm, other, shown)
             means = f"{name(arm)} {own.mean():.4g}, {name(other)} {theirs.mean():.4g}"
