@@ -1,10 +1,10 @@
 """Speed of piecewise affine arithmetic: `python -m mulfree_training.bench [device=cpu] [seconds=3] [results=results]`.
 
 Matrix products beside `torch.matmul`, for each instruction set, with and without zeros (which need masks); the exact
-derivative of a product; single operations, fused rows and the optimizer beside PyTorch's; and whole training steps
-beside float32. A ratio below 1 is the price of the emulation: no processor has an instruction for it. Floors: two
-operations a product at the rate of torch's matrix product. Writes `results/mulfree_training/bench-<device>.json`. About
-8 minutes on two CPU cores.
+derivative of a product; single operations, fused rows, convolutions and the optimizer beside PyTorch's; and whole
+training steps beside float32. A ratio below 1 is the price of the emulation: no processor has an instruction for it.
+Floors: two operations a product at the rate of torch's matrix product. Writes
+`results/mulfree_training/bench-<device>.json`. Some minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mulfree_training.names import name
 from mulfree_training.networks.build import build
 from mulfree_training.operators import face, ops
 from mulfree_training.optim import PAMAdamW
+from mulfree_training.products import pam_conv2d
 from mulfree_training.tasks.arithmetic import convert, loss_function, make_optimizer
 
 PRODUCTS = (
@@ -45,6 +46,8 @@ BACKWARD = ((1, 256, 256, 256), (1, 512, 512, 512), (1, 1088, 64, 192), (128, 65
 EMULATED = 2**25
 """Multiply-accumulates up to which the plain PyTorch face is timed too."""
 ROWS = ((4352, 17), (1088, 64), (4096, 64), (1024, 256))
+CONVOLUTIONS = {"all channels": 1, "depthwise": 64}
+"""Groups of a 3 x 3 convolution of 64 channels."""
 CHECKED = 8
 """Rows of a product that are compared with the reference before it is timed."""
 STEPS = ("matmul", "softmax", "norm", "loss", "full")
@@ -183,6 +186,29 @@ def fused_rows(shape: tuple[int, int], device: str, seconds: float) -> list[benc
     return rows
 
 
+def convolution_rows(kind: str, device: str, seconds: float) -> list[bench.Row]:
+    """A 3 x 3 convolution of 8 images of 64 channels, 32 x 32 each, forward and backward."""
+    groups, rng = CONVOLUTIONS[kind], torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, 32, 32, generator=rng).to(device).requires_grad_()
+    w = torch.randn(64, 64 // groups, 3, 3, generator=rng).to(device).requires_grad_()
+    grad = torch.randn(8, 64, 32, 32, generator=rng).to(device)
+
+    def call(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = function(x, w, padding=1, groups=groups)
+        return out, *torch.autograd.grad(out, (x, w), grad)
+
+    def check() -> None:
+        for own, other in zip(call(pam_conv2d), call(F.conv2d), strict=True):
+            apart = float((own - other).detach().norm() / other.detach().norm())
+            assert apart < 0.1, f"{apart:.2g} away from float32"
+
+    return bench.compare(
+        "convolution, forward and backward", f"8 x 64 x 32 x 32, {kind}",
+        ("piecewise affine", lambda: call(pam_conv2d)), {"torch": lambda: call(F.conv2d)}, check=check, device=device,
+        bytes_moved=4 * (4 * x.numel() + 2 * w.numel()), operations=6 * x.numel() * w[0].numel(), budget_s=seconds,
+    )  # fmt: skip
+
+
 def optimizer_rows(device: str, seconds: float) -> list[bench.Row]:
     """One AdamW step over thirty tensors."""
 
@@ -243,7 +269,8 @@ def step_rows(workload: str, threads: int, device: str, seconds: float) -> list[
     cases += [(name("matmul_exact"), scope[:1], "exact"), (name("full_exact"), scope, "exact")]
     rows = []
     for label, words, rule in cases:
-        ours = stepper(ArithmeticConfig(kind="pam", scope=words, derivative=rule))
+        scalars = "pam" if "optimizer" in words else "exact"
+        ours = stepper(ArithmeticConfig(kind="pam", scope=words, derivative=rule, host_scalars=scalars))
 
         def check(ours: Callable[[], float] = ours) -> None:
             a, b = ours(), standard()
@@ -275,6 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows += element_rows(count, device, seconds)
     for shape_of_rows in ROWS:
         rows += fused_rows(shape_of_rows, device, seconds)
+    for kind in CONVOLUTIONS:
+        rows += convolution_rows(kind, device, seconds)
     rows += optimizer_rows(device, seconds)
     for workload in ("digits ViT, 64 images", "character GPT, 16 x 64"):
         rows += step_rows(workload, 1, device, seconds)
