@@ -12,10 +12,11 @@ import pytest
 
 from common.claims import CONTRADICTED, INCONCLUSIVE, NOT_TESTABLE, REPRODUCED, Claim, Verdict, judge
 from common.tests.report_fakes import FakeRecords
+from common.tests.worlds import changed
 from mulfree_training.claims import CLAIMS
 from mulfree_training.judging.arithmetic import MEANS, TABLE
 from mulfree_training.tests import worlds
-from mulfree_training.tests.worlds import beside, changed, level, without
+from mulfree_training.tests.worlds import beside, level, without
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 ANY_SCALE = {"C4.proof", "C6", "C6.alpha", "C7", "C8"}  # without trainings
@@ -26,12 +27,12 @@ NETWORKS = ("vgg13", "resnet20", "resnet110", "resnext20", "convmixer")
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    return worlds.records(worlds.plans("laptop"))
+    return worlds.records("laptop")
 
 
 @pytest.fixture(scope="module")
 def paper() -> FakeRecords:
-    return worlds.records(worlds.plans("paper"))
+    return worlds.records("paper")
 
 
 def scale(claim: Claim) -> str:

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from common import figures as house
 from common.claims import Claim
 from common.tests.report_fakes import FakeRecords
+from common.tests.worlds import changed
 from mulfree_training import dashboard, figures
 from mulfree_training.claims import CLAIMS
 from mulfree_training.names import ARM_NAMES, ROWS, name
 from mulfree_training.tests import worlds
-from mulfree_training.tests.worlds import changed, without
+from mulfree_training.tests.worlds import without
 
 ACCURACY, NLL = "test_accuracy", "test_nll"
 DRAWN = [claim for claim in CLAIMS if claim.figure]
@@ -23,7 +24,7 @@ DRAWN = [claim for claim in CLAIMS if claim.figure]
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    return worlds.records(worlds.plans("laptop"))
+    return worlds.records("laptop")
 
 
 def plots(figure: Figure) -> list[Axes]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from common.records import flatten
-from common.sweeps import Job, Planner
+from common.sweeps import Job
+from common.tests import worlds
 from common.tests.report_fakes import FakeRecords
+from common.tests.worlds import Change
 from mulfree_training.train import main
 
 VISION = {  # accuracy, loss, tempered loss
@@ -144,35 +145,14 @@ KINDS = {
 }  # fmt: skip
 
 
-def records(plans: Mapping[str, list[Job]]) -> FakeRecords:
-    """A frame an experiment: every seed of every planned trial."""
-    frames = {}
-    for experiment, jobs in plans.items():
-        found = []
-        for job in jobs:
-            base = flatten(job.config) | {"key": job.key}
-            seeds = range(job.config["seed"], job.config["seed"] + job.config["n_seeds"])
-            found += [base | right(job.config, seed) for seed in seeds]
-        frames[experiment] = pd.DataFrame(found)
-    return FakeRecords(frames)
+def records(scale: str) -> FakeRecords:
+    """Those of every planned trial."""
+    return worlds.recorded(plans(scale), right)
 
 
-@functools.cache
 def plans(scale: str) -> dict[str, list[Job]]:
-    """All trials of a scale by experiment, planned once a process: composing takes seconds."""
-    planner = Planner(main, None, scale)
-    return {experiment: planner.plan(experiment) for experiment in planner.composer.experiments()}
-
-
-Change = Callable[[pd.DataFrame], pd.DataFrame]
-
-
-def changed(world: FakeRecords, experiment: str, *changes: Change) -> FakeRecords:
-    """The world with another table for one experiment."""
-    frame = world[experiment].copy()
-    for change in changes:
-        frame = change(frame)
-    return world.replace(experiment, frame)
+    """All trials of a scale by experiment."""
+    return worlds.planned(main, scale)
 
 
 def chosen(frame: pd.DataFrame, arm: str) -> pd.Series:

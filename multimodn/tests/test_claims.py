@@ -11,13 +11,12 @@ import pytest
 from common.claims import CONTRADICTED, NOT_TESTABLE, REPRODUCED, Claim, judge
 from common.compose import conf_dir
 from common.statistics import Outcome
-from common.sweeps import Planner
 from common.tests.report_fakes import FakeRecords
+from common.tests.worlds import changed
 from multimodn.claims import CLAIMS
 from multimodn.judging.chain import excess, partial
 from multimodn.judging.samples import OVERLAP, of
 from multimodn.tests import worlds
-from multimodn.train import main
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 EXPERIMENTS = sorted(path.stem for path in (conf_dir("multimodn") / "experiment").glob("*.yaml"))
@@ -25,14 +24,12 @@ EXPERIMENTS = sorted(path.stem for path in (conf_dir("multimodn") / "experiment"
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    planner = Planner(main, None, "laptop")
-    return worlds.records({e: planner.plan(e) for e in EXPERIMENTS})
+    return worlds.records("laptop")
 
 
 @pytest.fixture(scope="module")
 def paper() -> FakeRecords:
-    planner = Planner(main, None, "paper")
-    return worlds.records({e: planner.plan(e) for e in EXPERIMENTS})
+    return worlds.records("paper")
 
 
 def scale(claim: Claim) -> str:
@@ -178,24 +175,24 @@ def shift(arm: str, metric: str, by: float, **where: object):  # type: ignore[no
 def test_one_arm_on_the_wrong_side_contradicts_the_claim(
     claim: str, experiment: str, change, laptop: FakeRecords
 ) -> None:
-    assert judge(BY_ID[claim], worlds.changed(laptop, experiment, change)).verdict == CONTRADICTED
+    assert judge(BY_ID[claim], changed(laptop, experiment, change)).verdict == CONTRADICTED
 
 
 def test_chains_and_contributions_are_read(laptop: FakeRecords) -> None:
     def flat_chain(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(chain=frame["chain"].map(lambda c: [c[0]] + [c[0]] * (len(c) - 1)))
 
-    assert judge(BY_ID["C4"], worlds.changed(laptop, "multi", flat_chain)).verdict != REPRODUCED
+    assert judge(BY_ID["C4"], changed(laptop, "multi", flat_chain)).verdict != REPRODUCED
 
     def wrong_modality(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(individual=frame["individual"].map(lambda x: x[::-1]))
 
-    assert judge(BY_ID["C4.planted"], worlds.changed(laptop, "planted", wrong_modality)).verdict == CONTRADICTED
+    assert judge(BY_ID["C4.planted"], changed(laptop, "planted", wrong_modality)).verdict == CONTRADICTED
 
     def falling(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(subsets=frame["subsets"].map(lambda s: [1 - v for v in s]))
 
-    assert judge(BY_ID["C6"], worlds.changed(laptop, "multi", falling)).verdict == CONTRADICTED
+    assert judge(BY_ID["C6"], changed(laptop, "multi", falling)).verdict == CONTRADICTED
 
 
 def test_subsets_are_averaged_as_said() -> None:

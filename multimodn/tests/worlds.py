@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from common.records import flatten
-from common.sweeps import Job
+from common.tests import worlds
 from common.tests.report_fakes import FakeRecords
 from multimodn.judging.samples import SINGLE
+from multimodn.train import main
 
 DEFAULT_TASKS = {c: list(tasks) for c, tasks in SINGLE.items()} | {
     "weather_sequence": list(SINGLE["weather"]),
@@ -75,19 +74,6 @@ def right(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def records(plans: Mapping[str, list[Job]], metrics: Callable[..., dict[str, Any]] = right) -> FakeRecords:
-    """A frame an experiment: every seed of every planned trial."""
-    frames = {}
-    for experiment, jobs in plans.items():
-        found = []
-        for job in jobs:
-            base = flatten(job.config) | {"key": job.key}
-            seeds = range(job.config["seed"], job.config["seed"] + job.config["n_seeds"])
-            found += [base | metrics(job.config, seed) for seed in seeds]
-        frames[experiment] = pd.DataFrame(found)
-    return FakeRecords(frames)
-
-
-def changed(world: FakeRecords, experiment: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> FakeRecords:
-    """The world with another table for one experiment."""
-    return world.replace(experiment, change(world[experiment].copy()))
+def records(scale: str) -> FakeRecords:
+    """Those of every planned trial."""
+    return worlds.recorded(worlds.planned(main, scale), right)

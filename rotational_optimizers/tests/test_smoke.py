@@ -1,31 +1,7 @@
 """Every experiment trains at smoke scale and ends in a report with every claim and figure."""
 
-from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-from rotational_optimizers.claims import CLAIMS
-
-ROOT = Path(__file__).parents[2]
+from common.tests import smoke
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_every_experiment_ends_in_a_report(tmp_path: Path) -> None:
-    arguments = ["rotational_optimizers", "scale=smoke", f"results_dir={tmp_path}"]
-    words = [sys.executable, "-m", "common.reproduce", *arguments]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / "rotational_optimizers"
-    report = json.loads((folder / "report.json").read_text())
-    assert {claim.id for claim in CLAIMS} <= {row["id"] for row in report["claims"]}
-    assert all(row["verdict"] != "not testable at this scale" for row in report["claims"])
-    drawn = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert {claim.id for claim in CLAIMS if claim.figure} <= drawn
-    assert (folder / "report.html").stat().st_size > 100_000
-    assert (folder / "report.md").stat().st_size > 1_000
+class TestSmoke(smoke.SmokeTests):
+    paper = "rotational_optimizers"

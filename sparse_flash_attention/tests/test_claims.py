@@ -10,11 +10,12 @@ import pytest
 from common.claims import CONTRADICTED, INCONCLUSIVE, NOT_TESTABLE, REPRODUCED, Claim, judge
 from common.statistics import Outcome
 from common.tests.report_fakes import FakeRecords
+from common.tests.worlds import Change, changed
 from sparse_flash_attention.claims import CLAIMS
 from sparse_flash_attention.judging.samples import lengths, speedups
 from sparse_flash_attention.judging.speed import KEEP_FLOORS, crossings, exponents, mix_lengths
 from sparse_flash_attention.tests import worlds
-from sparse_flash_attention.tests.worlds import Change, beside, changed, gain, level
+from sparse_flash_attention.tests.worlds import beside, gain, level
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 OURS_ALONE = {"C6.time", "C7", "C7.content", "C7.near", "C7.self", "C9"}  # read arms that the paper does not have
@@ -22,12 +23,12 @@ OURS_ALONE = {"C6.time", "C7", "C7.content", "C7.near", "C7.self", "C9"}  # read
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    return worlds.records(worlds.plans("laptop"))
+    return worlds.records("laptop")
 
 
 @pytest.fixture(scope="module")
 def paper() -> FakeRecords:
-    return worlds.records(worlds.plans("paper"))
+    return worlds.records("paper")
 
 
 def scale(claim: Claim) -> str:

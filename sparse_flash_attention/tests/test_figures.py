@@ -16,12 +16,12 @@ from sparse_flash_attention.tests import worlds
 
 @pytest.fixture(scope="module")
 def laptop() -> FakeRecords:
-    return worlds.records(worlds.plans("laptop"))
+    return worlds.records("laptop")
 
 
 @pytest.fixture(scope="module")
 def paper() -> FakeRecords:
-    return worlds.records(worlds.plans("paper"))
+    return worlds.records("paper")
 
 
 DRAWN = [claim for claim in CLAIMS if claim.figure]
