@@ -1,7 +1,8 @@
-"""Composing configs: the same result as Hydra's, but the slow part once per set of group choices.
+"""Composing configs: the same result as Hydra's, but the slow parts once.
 
-Hydra reads and merges the YAML files of the chosen groups (tens of milliseconds), then applies `key=value` overrides in
-order. A sweep has many jobs with few sets of groups, so the merged config is kept and only the values are applied anew.
+Hydra reads and merges the YAML files of the chosen groups (a tenth of a second), then applies `key=value` overrides in
+order. A sweep has many jobs with few sets of groups, so the merged config is kept and only the values are applied anew;
+and many sets with few files, so what was read of a file is kept, too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
@@ -16,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import to_config, without_hydra
+from common.config import to_config
 
 SHARED = Path(__file__).parent / "conf"
 PLAIN_OVERRIDE = re.compile(r"(?:\+\+?)?([\w./]+)=")  # Hydra's own parser takes milliseconds a piece
@@ -91,8 +96,50 @@ def hydra_for(paper: str) -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
+class _Repository(CachingConfigRepository):
+    """Hydra's repository of one config, which takes from `kept` what another has read."""
+
+    def __init__(self, own: CachingConfigRepository, kept: dict[str, Any]) -> None:
+        self.delegate, self.cache, self.kept = own.delegate, own.cache, kept
+
+    def load_config(self, config_path: str) -> Any:
+        found = self.cache.get(config_path)
+        if found is None:
+            if config_path not in self.kept:
+                self.kept[config_path] = self.delegate.load_config(config_path=config_path)
+            found = copy.copy(self.kept[config_path])
+            if found is not None:
+                found.config = copy.deepcopy(found.config)  # parts of it become parts of the config
+            self.cache[config_path] = found
+        return found
+
+
+class _Loader(ConfigLoaderImpl):
+    """Hydra's loader, but a file is read once in its life and not once a config."""
+
+    def __init__(self, other: ConfigLoader) -> None:
+        super().__init__(other.get_search_path())
+        self.kept: dict[str, Any] = {}
+
+    def _parse_overrides_and_create_caching_repo(self, config_name: Any, overrides: Any) -> Any:
+        parsed, repository = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
+        return parsed, _Repository(repository, self.kept)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: a config is made of thousands of objects, and each some hundred start one."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 class Composer:
-    """Configs of one paper.
+    """Configs of one paper; files that change in its life go unseen.
 
     Args:
         paper: package name.
@@ -102,12 +149,18 @@ class Composer:
     def __init__(self, paper: str, schema: type) -> None:
         self.paper, self.schema, self.conf = paper, schema, conf_dir(paper)
         self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._loader: _Loader | None = None
 
     def full(self, overrides: Sequence[str]) -> DictConfig:
         """Compose with Hydra itself, the `hydra` node included."""
-        with hydra_for(self.paper):
+        with hydra_for(self.paper), _uncollected():
+            own = GlobalHydra.instance().hydra
+            assert own is not None
+            self._loader = self._loader or _Loader(own.config_loader)
+            own.config_loader = self._loader
             return hydra.compose("config", list(overrides), return_hydra_config=True)
 
+    @_uncollected()
     def config(self, overrides: Sequence[str]) -> Any:
         """Compose and check one job's config.
 
@@ -120,7 +173,9 @@ class Composer:
             return to_config(self.full(overrides), self.schema)
         base = self._bases.get(tuple(groups))
         if base is None:
-            self._bases[tuple(groups)] = base = without_hydra(self.full(groups))
+            self._bases[tuple(groups)] = base = self.full(groups)
+            with open_dict(base):
+                del base["hydra"]
         config = copy.deepcopy(base)
         try:
             for value in values:

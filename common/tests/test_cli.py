@@ -50,7 +50,7 @@ MISTAKES = {
     "device=tpu": "device=tpu: must be auto, cpu, cuda or cuda:<index>",
     "precision=fp8": "precision=fp8: must be one of fp32, bf16, fp16",
     "optimizer.lr=???": "optimizer.lr: has no value; give one with optimizer.lr=<value>",
-    "optimizer.lr=${nosuch}": "Interpolation key 'nosuch' not found",
+    "optimizer.lr=${nosuch}": "optimizer.lr: Interpolation key 'nosuch' not found; must be a number",
     "seed=1,2": "seed=1,2: several values make a sweep: add -m (or quote the value to mean a text)",
     "start_from=nosuch.txt": "nosuch.txt not found.",
     "fail=oserror": "/nowhere/data.csv: no such file",

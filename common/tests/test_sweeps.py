@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hydra
 import pytest
 
-from common.compose import Composer, merge, target
+from common.compose import Composer, hydra_for, merge, target
 from common.config import to_config
 from common.launch import untrained
 from common.sweeps import Job, Planner, axes, on_border, plan, product, text
@@ -109,6 +111,18 @@ def test_planned_configs_are_hydras_own(experiment: str, scale: str) -> None:
         composed = to_config(Composer("fixture_paper", TrialConfig).full(job.overrides), TrialConfig)
         assert dataclasses.asdict(composed) == job.config
         assert type(job.config["weights"][0]) is float
+
+
+def test_files_read_once_give_the_configs_of_files_read_anew() -> None:
+    composer = Composer("fixture_paper", TrialConfig)
+    for overrides in (["experiment=tune"], ["optimizer=heavy_ball", "n_seeds=3"], ["scale=smoke"], ["experiment=tune"]):
+        with hydra_for("fixture_paper"):
+            plain = hydra.compose("config", overrides, return_hydra_config=True)
+        made = composer.full(overrides)
+        assert made == plain and made.hydra.overrides == plain.hydra.overrides
+        made.hydra.overrides.task.append("n_seeds=9")  # what is done to a config must not reach the next
+        made.n_seeds = 9
+    assert gc.isenabled()
 
 
 def test_the_plan_is_the_file(tmp_path: Path) -> None:
