@@ -129,7 +129,7 @@ def to_config(cfg: DictConfig, schema: type[Schema]) -> Schema:
     Raises:
         ValueError: one line with the dotted key, the value and what is allowed.
     """
-    node = without_hydra(cfg)
+    node = _without_hydra(cfg)
     if not issubclass(OmegaConf.get_type(node) or dict, schema):
         raise ValueError(
             f"the config is not checked by {schema.__name__}: name its schema first in the defaults of config.yaml"
@@ -144,7 +144,7 @@ def to_config(cfg: DictConfig, schema: type[Schema]) -> Schema:
         raise ValueError(" ".join(str(error).split("\n")[0].split())) from error
 
 
-def without_hydra(cfg: DictConfig) -> DictConfig:
+def _without_hydra(cfg: DictConfig) -> DictConfig:
     """The config without Hydra's own node; the input stays as it is."""
     if "hydra" not in cfg:
         return cfg

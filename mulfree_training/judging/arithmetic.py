@@ -138,9 +138,15 @@ def count(records: Records, arm: str, metric: str) -> float:
     return float(found[0])
 
 
-def none(arm: str, metric: str, unit: str) -> Test:
-    """Nothing was found."""
-    return lambda records: exact_identity([count(records, arm, metric)], [0.0], unit=unit)
+def none(arm: str, metric: str, unit: str, looked_at: str = "") -> Test:
+    """Nothing was found; `looked_at` is the metric that counts where."""
+
+    def test(records: Records) -> Outcome:
+        outcome = exact_identity([count(records, arm, metric)], [0.0], unit=unit)
+        where = f"in {count(records, arm, looked_at):,.0f} {looked_at.split('_')[1]}" if looked_at else "in two steps"
+        return replace(outcome, detail=where)
+
+    return test
 
 
 def rejected(records: Records) -> Outcome:
@@ -264,9 +270,9 @@ CLAIMS = [
             "vision step, exact rule": none("full_exact", "findings", "operations"),
             "language step": none("language_full", "findings", "operations"),
             "language step, exact rule": none("language_full_exact", "findings", "operations"),
-            "compiled C++": none("full", "machine_findings", "instructions"),
-            "Triton kernels, PTX for three GPUs": none("full", "ptx_findings", "instructions"),
-            "Triton kernels, machine code for H100": none("full", "sass_findings", "instructions"),
+            "compiled C++": none("full", "machine_findings", "instructions", "machine_instructions"),
+            "Triton kernels, PTX for three GPUs": none("full", "ptx_findings", "instructions", "ptx_kernels"),
+            "Triton kernels, machine code for H100": none("full", "sass_findings", "instructions", "sass_kernels"),
             "every other arm is refused": rejected,
             "planted multiplications are found": planted,
         },

@@ -371,6 +371,12 @@ def test_what_was_not_scanned_is_not_free_of_multiplications(metric: str, laptop
         assert verdict.verdict == INCONCLUSIVE and f"{metric} is not recorded" in verdict.reason
 
 
+def test_the_proof_says_where_it_looked(laptop: FakeRecords) -> None:
+    parts = judge(BY_ID["C4.proof"], laptop).parts
+    places = ["in two steps"] * 4 + ["in 2,000 instructions", "in 231 kernels", "in 77 kernels"]
+    assert [part.outcome.detail for part in parts[:7]] == places
+
+
 def test_seeds_that_disagree_on_what_multiplies_are_not_judged(laptop: FakeRecords) -> None:
     frame = laptop["proof"]
     twice = pd.concat([frame, frame[frame["arm"] == "full"].assign(seed=11, findings=3)])

@@ -131,6 +131,7 @@ def _affine(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 def _proof(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     arm = config["arm"]
     scan = {"machine_findings": 0, "ptx_findings": 0, "sass_findings": 0}
+    scan |= {"machine_instructions": 2000, "ptx_kernels": 231, "sass_kernels": 77}
     scan |= {"planted_machine": 5, "planted_ptx": 7, "planted_sass": 3}
     found: dict[str, Any] = {"findings": FINDINGS[arm], "planted_backward": 1} | (scan if arm == "full" else {})
     ratios = {"cost_ratio_multiplication": 37.0, "cost_ratio_accumulate": 4.6, "cost_ratio_step": 4.4}
